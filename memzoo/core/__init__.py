@@ -1,0 +1,1 @@
+"""The contract and the table: nothing here knows a particular memory."""

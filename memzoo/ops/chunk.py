@@ -1,0 +1,210 @@
+"""One chunk function, every form.
+
+An op gives one pure function of a chunk of C steps, in three parts:
+
+  local   = prepare(inputs of C steps)     what does not depend on the state
+  state'  = advance(state, local)          the only serial part
+  outputs = emit(state, local)             given the state at the chunk's start
+
+and, where `advance` is affine in the state, its `effect` with `compose` and
+`apply`. From these parts come the XLA forms here, sequence parallelism
+(`memzoo.parallel.scan_sharded`) and the kernels.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+
+class ChunkFunction(NamedTuple):
+  """The parts of a chunk function.
+
+  Attributes:
+    prepare: (inputs, constants) -> local. The leaves of inputs are [C, ...];
+      constants hold for the whole sequence.
+    advance: (state, local) -> state.
+    emit: (state, local) -> outputs [C, ...].
+    effect: local -> what the chunk does to any state, where it is affine.
+    compose: (effect, effect) -> effect, the earlier first.
+    apply: (effect, state) -> state.
+  """
+
+  prepare: Callable[[Any, Any], Any]
+  advance: Callable[[Any, Any], Any]
+  emit: Callable[[Any, Any], Any]
+  effect: Callable[[Any], Any] | None = None
+  compose: Callable[[Any, Any], Any] | None = None
+  apply: Callable[[Any, Any], Any] | None = None
+
+  def __call__(self, state, inputs, constants=()):
+    """One chunk: (state, inputs [C, ...]) -> (state, outputs [C, ...])."""
+    local = self.prepare(inputs, constants)
+    return self.advance(state, local), self.emit(state, local)
+
+
+def run(
+  function: ChunkFunction,
+  state,
+  inputs,
+  constants=(),
+  *,
+  chunk_size: int,
+  split: bool = False,
+  save: tuple[str, ...] = (),
+):
+  """Runs a chunk function over a sequence.
+
+  Args:
+    function: the chunk function.
+    state: its state.
+    inputs: a NamedTuple with a field `mask` (bool [T] or None); leaves
+      [T, ...]. Padding to whole chunks is written as mask False and zeros.
+    constants: passed to every chunk.
+    chunk_size: C, a power of two. A shorter sequence takes a shorter chunk.
+    split: all `prepare` at once, then the serial walk, then all `emit`: for
+      wide machines. Otherwise a scan of checkpointed chunks, whose backward
+      recomputes a chunk from the state at its start.
+    save: names (`jax.ad_checkpoint.checkpoint_name`) that the backward keeps
+      instead of recomputing.
+
+  Returns:
+    (state, outputs [T, ...]).
+  """
+  length = jax.tree.leaves(inputs)[0].shape[0]
+  size = fit(chunk_size, length)
+  count = -(-length // size)
+  pad = count * size - length
+  if pad:
+    if inputs.mask is None:
+      inputs = inputs._replace(mask=jnp.ones((length,), bool))
+    inputs = jax.tree.map(
+      lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), inputs
+    )
+  chunks = jax.tree.map(
+    lambda x: x.reshape((count, size) + x.shape[1:]), inputs
+  )
+  if count == 1:
+    first = jax.tree.map(lambda x: x[0], chunks)
+    state, outputs = function(state, first, constants)
+  elif split:
+    local = jax.vmap(lambda c: function.prepare(c, constants))(chunks)
+    state, starts = jax.lax.scan(
+      lambda s, loc: (function.advance(s, loc), s), state, local
+    )
+    outputs = jax.vmap(function.emit)(starts, local)
+    outputs = jax.tree.map(_join, outputs)
+  else:
+    policy = jax.checkpoint_policies.save_only_these_names(*save)
+    body = jax.checkpoint(
+      lambda s, c: function(s, c, constants), policy=policy, prevent_cse=False
+    )
+    state, outputs = jax.lax.scan(body, state, chunks)
+    outputs = jax.tree.map(_join, outputs)
+  return state, jax.tree.map(lambda y: y[:length], outputs)
+
+
+def fit(chunk_size: int, length: int) -> int:
+  """`chunk_size`, or the power of two that holds a shorter sequence."""
+  return min(chunk_size, 1 << max(length - 1, 0).bit_length())
+
+
+def _join(y):
+  return y.reshape((y.shape[0] * y.shape[1],) + y.shape[2:])
+
+
+def matmul(a: jax.Array, b: jax.Array, dtype=jnp.float32) -> jax.Array:
+  """a @ b with operands in `dtype`, summed and returned in float32.
+
+  float32 operands are multiplied in full precision on every device.
+  """
+  dtype = jnp.dtype(dtype)
+  full = dtype == jnp.float32
+  return jnp.matmul(
+    a.astype(dtype),
+    b.astype(dtype),
+    precision=jax.lax.Precision.HIGHEST if full else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def lower(size: int, strict: bool = False) -> jax.Array:
+  """bool [size, size]: j <= i, or j < i."""
+  i = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+  j = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
+  return j < i if strict else j <= i
+
+
+def running_sum(x: jax.Array) -> jax.Array:
+  """Inclusive sums along the first axis of x [C, N], by a triangular matmul."""
+  return matmul(lower(x.shape[0]).astype(jnp.float32), x)
+
+
+def segment_sums(g: jax.Array) -> jax.Array:
+  """Sums of g [C] over (j, i], for every pair: [C, C], zero where j >= i.
+
+  Every pair has its own sum. The difference of two running sums would lose
+  the small ones: at g = −20 its gradient has no digit left.
+  """
+  size = g.shape[0]
+  terms = jnp.where(lower(size, strict=True), g[:, None], 0.0)
+  return matmul(lower(size).astype(jnp.float32), terms)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(a: jax.Array) -> jax.Array:
+  """The inverse of I + a, for a strictly lower triangular [C, C].
+
+  By doubling blocks: the inverse of [[P, 0], [R, Q]] is
+  [[P⁻¹, 0], [−Q⁻¹ R P⁻¹, Q⁻¹]]. No power of `a` is formed: products such as
+  (I − a)(I + a²)(I + a⁴)… have terms that grow with C where keys are alike.
+
+  Args:
+    a: float32 [C, C], C a power of two; what stands on and above the diagonal
+      is not read.
+
+  Returns:
+    float32 [C, C].
+  """
+  return _inverse(a)
+
+
+def _inverse(a):
+  size = a.shape[0]
+  i = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+  j = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
+  x = (i == j).astype(jnp.float32)
+  block = 1
+  while block < size:
+    odd = (i // block) % 2 == 1
+    below = odd & (j // block == i // block - 1)
+    off = jnp.where(below, a, 0.0)
+    if block == 1:
+      x = x - off
+    else:
+      x = x - matmul(matmul(x, off), x)
+    block *= 2
+  return x
+
+
+def _inverse_fwd(a):
+  x = checkpoint_name(_inverse(a), "inverse")
+  return x, x
+
+
+def _inverse_bwd(x, g):
+  d = -matmul(matmul(x.T, g), x.T)
+  return (jnp.where(lower(x.shape[0], strict=True), d, 0.0),)
+
+
+unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
+
+
+def power_of_two(name: str, size: int) -> int:
+  """`size`, or `ValueError` where it is no power of two."""
+  if size < 1 or size != 1 << int(math.log2(size)):
+    raise ValueError(f"{name} must be a power of two, got {size}")
+  return size

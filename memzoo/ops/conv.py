@@ -1,0 +1,130 @@
+"""Causal short convolution, depthwise, with its state.
+
+  y_t = Σ_w kernel_w ⊙ x_{t−W+1+w} + bias ,  w = 0 … W − 1
+
+The state is the last W − 1 inputs. It resets, and inputs that are not there
+are skipped, as everywhere: the taps before a reset are zero, and the taps of
+step t are the last W inputs that exist.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memzoo.core import axes, dispatch
+from memzoo.ops import arguments
+
+
+def empty(kernel: jax.Array, dtype=jnp.float32) -> jax.Array:
+  """The state before the first input: zeros [W − 1, D]."""
+  return jnp.zeros((kernel.shape[0] - 1, kernel.shape[1]), dtype)
+
+
+def step(state, x, kernel, bias=None):
+  """One input: (state [W − 1, D], x [D]) -> (state, y [D])."""
+  taps = jnp.concatenate([state, x[None].astype(state.dtype)])
+  return taps[1:], _taps_to_output(taps[:, None], kernel, bias, x.dtype)[0]
+
+
+def conv(
+  state: jax.Array,
+  x: axes.Xs,
+  kernel: jax.Array,
+  bias: jax.Array | None = None,
+  *,
+  reset: axes.Reset | None = None,
+  mask: axes.Mask | None = None,
+  implementation: str | None = None,
+) -> tuple[jax.Array, axes.Xs]:
+  """A causal depthwise convolution over one sequence.
+
+  Args:
+    state: [W − 1, D], as `empty` makes it; x's dtype.
+    x: [T, D].
+    kernel: [W, D]; the last row meets the newest input.
+    bias: [D] or None.
+    reset: bool [T]; True: the inputs before step t are forgotten.
+    mask: bool [T]; False: no step t.
+    implementation: 'scan', 'chunk' (the whole sequence at once), or None.
+
+  Returns:
+    (state [W − 1, D], y [T, D] in x's dtype).
+
+  Raises:
+    ValueError: on wrong shapes or dtypes.
+  """
+  if jnp.ndim(x) != 2:
+    arguments.fail("conv", "x", "floating [T, D]", x)
+  length, width = x.shape
+  arguments.check_array("conv", "x", x, (length, width))
+  arguments.check_array("conv", "kernel", kernel, (None, width))
+  taps = kernel.shape[0]
+  arguments.check_array("conv", "state", state, (taps - 1, width))
+  if bias is not None:
+    arguments.check_array("conv", "bias", bias, (width,))
+  arguments.check_flags("conv", length, reset, mask)
+  if mask is not None and reset is not None:
+    reset = reset & mask
+  inputs = Inputs(x, reset, mask)
+  forms = {
+    "scan": lambda: arguments.scan_steps(
+      lambda s, i: step(s, i.x, kernel, bias), state, inputs, None
+    ),
+    "chunk": lambda: _whole(state, inputs, kernel, bias),
+  }
+  return dispatch.run("conv", forms, implementation)
+
+
+class Inputs(NamedTuple):
+  x: jax.Array
+  reset: jax.Array | None
+  mask: jax.Array | None
+
+
+def _whole(state, inputs: Inputs, kernel, bias):
+  x, reset, mask = inputs
+  length, taps = x.shape[0], kernel.shape[0]
+  dtype = x.dtype
+  count = length
+  if mask is not None:
+    # Inputs that exist are moved together, and the outputs moved back.
+    place = jnp.cumsum(mask.astype(jnp.int32)) - 1
+    target = jnp.where(mask, place, length)
+    x = jnp.zeros_like(x).at[target].set(x, mode="drop")
+    if reset is not None:
+      reset = jnp.zeros_like(reset).at[target].set(reset, mode="drop")
+    count = place[-1] + 1
+  rows = jnp.concatenate([state, x.astype(state.dtype)])
+  index = jnp.arange(length)
+  windows = [rows[w : w + length] for w in range(taps)]
+  segment = None
+  if reset is not None:
+    segment = jnp.concatenate(
+      [jnp.zeros((taps - 1,), jnp.int32), jnp.cumsum(reset.astype(jnp.int32))]
+    )
+    here = segment[taps - 1 :]
+    windows = [
+      jnp.where((segment[w : w + length] == here)[:, None], r, 0)
+      for w, r in enumerate(windows)
+    ]
+  y = _taps_to_output(jnp.stack(windows), kernel, bias, dtype)
+  last = jax.lax.dynamic_slice_in_dim(rows, count, taps - 1)
+  if segment is not None:
+    held = jax.lax.dynamic_slice_in_dim(segment, count, taps - 1)
+    # `count` inputs in, the newest row of `rows` is count + taps − 2.
+    now = segment[count + taps - 2]
+    last = jnp.where((held == now)[:, None], last, 0)
+  if mask is not None:
+    y = jnp.where(mask[:, None], y[jnp.where(mask, place, index)], 0)
+  return last, y
+
+
+def _taps_to_output(taps, kernel, bias, dtype):
+  """taps [W, T, D], kernel [W, D] -> [T, D]."""
+  y = jnp.sum(
+    taps.astype(jnp.float32) * kernel.astype(jnp.float32)[:, None], axis=0
+  )
+  if bias is not None:
+    y = y + bias.astype(jnp.float32)
+  return y.astype(dtype)

@@ -1,0 +1,226 @@
+"""The delta rule: what is stored under k_t is moved towards v_t.
+
+  S'  = a_t S_{t−1}
+  S_t = S' + β_t k_t (v_t − S'ᵀ k_t)ᵀ ,   o_t = S_tᵀ q_t
+
+The state S is [K, V]. The decay a_t = exp(log_decay_t) is absent, a scalar per
+step, or one per key channel; it acts before the correction. Sources: Yang et
+al. 2024, arXiv:2406.06484, eq. 5-11 (DeltaNet, the chunkwise WY form); Yang et
+al. 2024, arXiv:2412.06464, eq. 10 (scalar decay); Kimi Team 2025,
+arXiv:2510.26692, eq. 1 (decay per channel).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memzoo.core import axes, dispatch
+from memzoo.ops import arguments, chunk, decay, linear_attention
+
+CHUNK_SIZE = 64
+
+
+def write(s, k, v, beta, log_decay=None):
+  """One correction: s [K, V], k [K], v [V], beta scalar, log_decay scalar,
+  [K] or None -> [K, V]."""
+  if log_decay is not None:
+    s = jnp.exp(log_decay.astype(s.dtype)).reshape(-1, 1) * s
+  k = k.astype(s.dtype)
+  error = v.astype(s.dtype) - k @ s
+  return s + beta.astype(s.dtype) * k[:, None] * error
+
+
+read = linear_attention.read
+
+
+def step(s, q, k, v, beta, log_decay=None):
+  """One step: (s [K, V], o [V])."""
+  s = write(s, k, v, beta, log_decay)
+  return s, read(s, q)
+
+
+def delta_rule(
+  s: axes.Matrix,
+  q: axes.Queries,
+  k: axes.Keys,
+  v: axes.Values,
+  *,
+  beta: axes.Scalars,
+  log_decay: axes.LogDecay | None = None,
+  reset: axes.Reset | None = None,
+  mask: axes.Mask | None = None,
+  fresh: axes.Matrix | None = None,
+  implementation: str | None = None,
+  chunk_size: int = CHUNK_SIZE,
+) -> tuple[axes.Matrix, axes.Values]:
+  """The delta rule over one sequence of one head.
+
+  Args:
+    s: float32 [K, V], the state to go on from.
+    q: [T, K]; no scaling is applied.
+    k: [T, K]; of unit norm where the paper normalises.
+    v: [T, V].
+    beta: [T], in [0, 2] with keys of unit norm: 0 writes nothing, 1 replaces
+      what k_t held, 2 reflects.
+    log_decay: [T], [T, K], or None for no decay. At most 0; −inf clears (the
+      channel of) the state and has gradient 0.
+    reset: bool [T]; True: the state is `fresh` before step t.
+    mask: bool [T]; False: no step t; the output there is zero.
+    fresh: [K, V], zeros by default.
+    implementation: 'scan', 'chunk', or None.
+    chunk_size: C of the chunk form, a power of two.
+
+  Returns:
+    (state float32 [K, V], outputs [T, V] in v's dtype).
+
+  Raises:
+    ValueError: on wrong shapes or dtypes.
+    NotImplementedError: on a form that does not exist.
+  """
+  arguments.check_matrix_op(
+    "delta_rule", s, q, k, v, beta=beta, log_decay=log_decay, reset=reset,
+    mask=mask, fresh=fresh,
+  )  # fmt: skip
+  chunk.power_of_two("chunk_size", chunk_size)
+  if mask is not None and reset is not None:
+    reset = reset & mask
+  inputs = Inputs(q, k, v, beta, log_decay, reset, mask)
+  forms = {
+    "scan": lambda: _scan(s, inputs, fresh),
+    "chunk": lambda: chunk.run(
+      FUNCTION, s, inputs, fresh, chunk_size=chunk_size, save=("inverse",)
+    ),
+  }
+  return dispatch.run("delta_rule", forms, implementation)
+
+
+class Inputs(NamedTuple):
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  beta: jax.Array
+  log_decay: jax.Array | None
+  reset: jax.Array | None
+  mask: jax.Array | None
+
+
+class Local(NamedTuple):
+  """What a chunk knows without the state. Its writes are Σ_j k_j u_jᵀ with
+  corrections U = u − w S, linear in the state S at its start."""
+
+  u: jax.Array  # [C, V]
+  w: jax.Array  # [C, K]
+  scores: jax.Array  # [C, C]
+  out: jax.Array | None  # [C, V] what a learned fresh state adds
+  q_in: jax.Array  # [C, K] reads the incoming state
+  k_out: jax.Array  # [C, K] keys decayed to the chunk's end
+  kept: jax.Array | None  # [K, V] what stays of a learned fresh state
+  through: jax.Array  # [G]
+  live: jax.Array | None
+  poison: jax.Array | None
+  v: jax.Array  # for its dtype
+
+
+def _prepare(inputs: Inputs, fresh) -> Local:
+  bad, g, q, k, v, beta = decay.quarantine(
+    inputs.reset, inputs.mask, inputs.log_decay, inputs.q, inputs.k, inputs.v,
+    inputs.beta,
+  )  # fmt: skip
+  d = decay.decays(g, inputs.reset, inputs.mask, bad, q.shape[0])
+  mm = partial(chunk.matmul, dtype=q.dtype)
+  beta = beta.astype(jnp.float32)[:, None]
+  q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
+  inverse = chunk.unit_lower_inverse(
+    beta * decay.scores(k, k, d, q.dtype, strict=True)
+  )
+  live = d.live[:, None]
+  k_in, q_in = k32 * d.into, q32 * d.into
+  right = beta * v.astype(jnp.float32)
+  out = kept = None
+  if fresh is not None and inputs.reset is not None:
+    fresh = fresh.astype(jnp.float32)
+    right -= beta * mm(jnp.where(live, 0.0, k_in), fresh)
+    out = mm(jnp.where(live, 0.0, q_in), fresh)
+    kept = jnp.where(d.ends_live, 0.0, d.into[-1])[:, None] * fresh
+  both = mm(
+    inverse, jnp.concatenate([right, jnp.where(live, beta * k_in, 0.0)], 1)
+  )
+  u, w = both[:, : v.shape[1]], both[:, v.shape[1] :]
+  return Local(
+    u=u,
+    w=w,
+    scores=decay.scores(q, k, d, q.dtype),
+    out=out,
+    q_in=jnp.where(live, q_in, 0.0),
+    k_out=k32 * d.onto,
+    kept=kept,
+    through=d.through,
+    live=None if inputs.reset is None else d.live,
+    poison=d.poison,
+    v=v,
+  )
+
+
+def _effect(local: Local):
+  dtype = local.v.dtype
+  matrix = -chunk.matmul(local.k_out.T, local.w, dtype)
+  eye = jnp.eye(matrix.shape[0], dtype=jnp.float32)
+  matrix += local.through[:, None] * eye
+  return matrix, _close(chunk.matmul(local.k_out.T, local.u, dtype), local)
+
+
+def _close(added, local):
+  if local.kept is not None:
+    added += local.kept
+  if local.poison is not None:
+    added = jnp.where(local.poison[-1], jnp.nan, added)
+  return added
+
+
+def _compose(first, second):
+  return (
+    chunk.matmul(second[0], first[0]),
+    chunk.matmul(second[0], first[1]) + second[1],
+  )
+
+
+def _apply(effect, s):
+  return chunk.matmul(effect[0], s) + effect[1]
+
+
+def _corrections(s, local: Local):
+  s, spoiled = decay.enter(s, local.live, local.live is not None)
+  return s, local.u - chunk.matmul(local.w, s, local.v.dtype), spoiled
+
+
+def _advance(s, local: Local):
+  old = s
+  s, u, spoiled = _corrections(s, local)
+  new = chunk.matmul(local.k_out.T, u, local.v.dtype)
+  new = _close(local.through[:, None] * s + new, local)
+  if spoiled is not None:
+    new = jnp.where(spoiled[-1], old, new)
+  return new
+
+
+def _emit(s, local: Local):
+  dtype = local.v.dtype
+  s, u, spoiled = _corrections(s, local)
+  out = chunk.matmul(local.q_in, s, dtype)
+  out += chunk.matmul(local.scores, u, dtype)
+  if local.out is not None:
+    out += local.out
+  return decay.spoil(out, local.poison, spoiled).astype(dtype)
+
+
+FUNCTION = chunk.ChunkFunction(
+  _prepare, _advance, _emit, _effect, _compose, _apply
+)
+
+
+def _scan(s, inputs: Inputs, fresh):
+  return arguments.scan_steps(
+    lambda s, x: step(s, x.q, x.k, x.v, x.beta, x.log_decay), s, inputs, fresh
+  )

@@ -1,0 +1,79 @@
+"""Feature maps of linear attention: [..., K] -> [..., F], not negative where
+the paper needs a positive normaliser."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from memzoo.core import dispatch
+
+
+def identity(x):
+  """x."""
+  return x
+
+
+def elu(x):
+  """elu(x) + 1. Katharopoulos et al. 2020, arXiv:2006.16236, eq. 7."""
+  return jax.nn.elu(x) + 1
+
+
+def relu(x):
+  """max(x, 0)."""
+  return jax.nn.relu(x)
+
+
+def silu(x):
+  """x · sigmoid(x)."""
+  return jax.nn.silu(x)
+
+
+def taylor(x):
+  """[1, x / K^¼, vec(x xᵀ) / sqrt(2 K)]: φ(q)·φ(k) = 1 + s + s²/2 with
+  s = q·k / sqrt(K). Arora et al. 2024, arXiv:2402.18668, section 4.1."""
+  width = x.shape[-1]
+  square = x[..., :, None] * x[..., None, :]
+  square = square.reshape(x.shape[:-1] + (width * width,))
+  return jnp.concatenate(
+    [
+      jnp.ones_like(x[..., :1]),
+      x / width**0.25,
+      square / (math.sqrt(2) * math.sqrt(width)),
+    ],
+    axis=-1,
+  )
+
+
+def dpfp(x, nu: int = 1):
+  """Products of neighbours of r = [relu(x), relu(−x)]: r_i r_{i+j},
+  j = 1 … ν. Schlag et al. 2021, arXiv:2102.11174, eq. 37."""
+  r = jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
+  return jnp.concatenate(
+    [r * jnp.roll(r, j, axis=-1) for j in range(1, nu + 1)], axis=-1
+  )
+
+
+MAPS = {
+  "identity": identity,
+  "elu": elu,
+  "relu": relu,
+  "silu": silu,
+  "taylor": taylor,
+  "dpfp": dpfp,
+}
+
+
+def get(name: str):
+  """The feature map `name`; `ValueError` with the nearest on another one."""
+  if name not in MAPS:
+    raise ValueError(
+      f"unknown feature map {name!r}: " + dispatch.nearest(name, MAPS)
+    )
+  return MAPS[name]
+
+
+def width(name: str, key_width: int) -> int:
+  """F for K = key_width."""
+  spec = jax.ShapeDtypeStruct((key_width,), jnp.float32)
+  return jax.eval_shape(get(name), spec).shape[-1]
