@@ -11,6 +11,7 @@ that differ in data alone.
 import json
 import pathlib
 
+from checks import FORWARD, GRADIENT, half, is_float, relative, single
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,6 @@ from memzoo.core import registry
 
 T = 67  # odd, past one chunk of 64
 CUT, SPLIT, DEAD = 37, 41, 10
-FORWARD, GRADIENT = 1e-5, 1e-4
 
 PLAIN, MIXED, LEFT, RIGHT, RESET, FRESH, PREFIX, HEAD, INFINITE = range(9)
 CASES = 9
@@ -30,24 +30,6 @@ FORMS = [
   (name, form) for name in memzoo.names() for form in memzoo.describe(name).forms
 ]
 OTHERS = [(name, form) for name, form in FORMS if form != "step"]
-
-
-def relative(a, b):
-  """‖a − b‖ / ‖b‖ over all float leaves, NaN where either is not finite."""
-  worst = 0.0
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    if not np.issubdtype(np.asarray(x).dtype, np.inexact):
-      np.testing.assert_array_equal(x, y)
-      continue
-    x, y = np.asarray(x, np.complex128), np.asarray(y, np.complex128)
-    difference = np.linalg.norm((x - y).ravel())
-    scale = np.linalg.norm(y.ravel())
-    worst = max(worst, difference / scale if scale > 1e-30 else difference)
-  return worst
-
-
-def is_float(x):
-  return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def draw(spec, key, length, dtype=None):
@@ -382,15 +364,6 @@ def test_one_sequence_few_tokens_and_half_precision(name, form, subject):
   """Without vmap; T = 1 and T = 7; bfloat16 in, bfloat16 out, the state's
   dtypes unmoved and the error that of rounding."""
   cell, params = subject.cell, subject.params
-  half = lambda tree: jax.tree.map(
-    lambda x: x.astype(jnp.bfloat16)
-    if jnp.issubdtype(x.dtype, jnp.floating)
-    else x,
-    tree,
-  )
-  single = lambda tree: jax.tree.map(
-    lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree
-  )
 
   @jax.jit
   def several(params, state, xs):

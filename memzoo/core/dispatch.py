@@ -96,6 +96,14 @@ def preferred(op: str) -> tuple[str, ...]:
   return table.get(op, table[""])
 
 
+def by_platform(**values):
+  """The value for the platform that forms are chosen for, `cpu=` by default.
+
+  >>> chunk_size = dispatch.by_platform(cpu=32, gpu=64, tpu=64)
+  """
+  return values.get(current_platform(), values["cpu"])
+
+
 def nearest(name: str, known) -> str:
   """`, did you mean 'x'?` or the whole list: the tail of an error message."""
   known = sorted(known)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from memzoo.core import axes, dispatch
 from memzoo.ops import arguments, chunk, decay, linear_attention
 
-CHUNK_SIZE = 64
+# Measured: python -m experiments.bench --suite=cpu (benchmarks/).
+CHUNK_SIZES = dict(cpu=32, gpu=64, tpu=64)
 
 
 def write(s, k, v, beta, log_decay=None):
@@ -53,7 +54,7 @@ def delta_rule(
   mask: axes.Mask | None = None,
   fresh: axes.Matrix | None = None,
   implementation: str | None = None,
-  chunk_size: int = CHUNK_SIZE,
+  chunk_size: int | None = None,
 ) -> tuple[axes.Matrix, axes.Values]:
   """The delta rule over one sequence of one head.
 
@@ -70,7 +71,7 @@ def delta_rule(
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
     implementation: 'scan', 'chunk', or None.
-    chunk_size: C of the chunk form, a power of two.
+    chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:
     (state float32 [K, V], outputs [T, V] in v's dtype).
@@ -83,14 +84,15 @@ def delta_rule(
     "delta_rule", s, q, k, v, beta=beta, log_decay=log_decay, reset=reset,
     mask=mask, fresh=fresh,
   )  # fmt: skip
-  chunk.power_of_two("chunk_size", chunk_size)
+  size = chunk_size or dispatch.by_platform(**CHUNK_SIZES)
+  chunk.power_of_two("chunk_size", size)
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, beta, log_decay, reset, mask)
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
     "chunk": lambda: chunk.run(
-      FUNCTION, s, inputs, fresh, chunk_size=chunk_size, save=("inverse",)
+      FUNCTION, s, inputs, fresh, chunk_size=size, save=("inverse",)
     ),
   }
   return dispatch.run("delta_rule", forms, implementation)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from memzoo.core import axes, dispatch
 from memzoo.ops import arguments, chunk, decay
 
-CHUNK_SIZE = 64
+# Measured: python -m experiments.bench --suite=cpu (benchmarks/).
+CHUNK_SIZES = dict(cpu=64)
 
 
 def write(s, k, v, log_decay=None):
@@ -47,7 +48,7 @@ def linear_attention(
   mask: axes.Mask | None = None,
   fresh: axes.Matrix | None = None,
   implementation: str | None = None,
-  chunk_size: int = CHUNK_SIZE,
+  chunk_size: int | None = None,
 ) -> tuple[axes.Matrix, axes.Values]:
   """Linear attention over one sequence of one head.
 
@@ -62,7 +63,7 @@ def linear_attention(
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
     implementation: 'scan', 'chunk', or None.
-    chunk_size: C of the chunk form, a power of two.
+    chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:
     (state float32 [K, V], outputs [T, V] in v's dtype).
@@ -75,14 +76,15 @@ def linear_attention(
     "linear_attention", s, q, k, v, log_decay=log_decay, reset=reset,
     mask=mask, fresh=fresh,
   )  # fmt: skip
-  chunk.power_of_two("chunk_size", chunk_size)
+  size = chunk_size or dispatch.by_platform(**CHUNK_SIZES)
+  chunk.power_of_two("chunk_size", size)
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, log_decay, reset, mask)
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
     "chunk": lambda: chunk.run(
-      FUNCTION, s, inputs, fresh, chunk_size=chunk_size
+      FUNCTION, s, inputs, fresh, chunk_size=size
     ),
   }
   return dispatch.run("linear_attention", forms, implementation)
