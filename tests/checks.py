@@ -5,6 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+
+import memzoo
 
 FORWARD, GRADIENT = 1e-5, 1e-4  # float32 on CPU, relative norms
 
@@ -57,3 +60,77 @@ def trip_counts(compiled) -> list[int]:
     int(n)
     for n in re.findall(r'known_trip_count":\{"n":"(\d+)"', compiled.as_text())
   ]
+
+
+def learn(cell, draw, steps, rate=1e-2, seed=0):
+  """Trains a cell alone, with Adam, to predict a class from its outputs.
+
+  Args:
+    cell: its outputs' first entries are the logits.
+    draw: key -> (xs [T, D], targets int [T], weights [T]) of one sequence.
+    steps: of batches of 64.
+    rate: Adam's learning rate.
+    seed: of parameters and data.
+
+  Returns:
+    (params, accuracy on 512 new sequences where weights > 0).
+  """
+  optimizer = optax.adam(rate)
+  batch = lambda key, n: jax.vmap(draw)(jax.random.split(key, n))
+
+  def logits(params, xs):
+    run = lambda x: memzoo.scan(cell, params, None, x)[1]
+    return jax.vmap(run)(xs)
+
+  def loss(params, key):
+    xs, targets, weights = batch(key, 64)
+    cost = optax.softmax_cross_entropy_with_integer_labels(
+      logits(params, xs), targets
+    )
+    return jnp.sum(cost * weights) / jnp.sum(weights)
+
+  def step(carry, key):
+    params, state = carry
+    grads = jax.grad(loss)(params, key)
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
+      updates, state = optimizer.update(grads, state)
+    return (optax.apply_updates(params, updates), state), None
+
+  @jax.jit
+  def train(key):
+    params = cell.init(key)
+    carry = params, optimizer.init(params)
+    keys = jax.random.split(jax.random.fold_in(key, 1), steps)
+    params = jax.lax.scan(step, carry, keys)[0][0]
+    xs, targets, weights = batch(jax.random.fold_in(key, 2), 512)
+    right = jnp.argmax(logits(params, xs), -1) == targets
+    right = jnp.sum(jnp.where(right, weights, 0.0))
+    return params, right / jnp.sum(weights)
+
+  params, accuracy = train(jax.random.key(seed))
+  return params, float(accuracy)
+
+
+def pairs(key, count=6, keys=4, values=4, rewrite=False):
+  """Key-value pairs and one query per key asked: (xs, targets, weights).
+
+  An input is [one-hot key, one-hot value, 1 if it asks]. With `rewrite` keys
+  repeat and the latest value counts; otherwise every key comes once.
+  """
+  k_keys, k_values, k_ask = jax.random.split(key, 3)
+  if rewrite:
+    ks = jax.random.randint(k_keys, (count,), 0, keys)
+  else:
+    ks = jax.random.permutation(k_keys, keys)[:count]
+  vs = jax.random.randint(k_values, ks.shape, 0, values)
+  ask = ks[jax.random.randint(k_ask, (), 0, ks.shape[0])]
+  last = jnp.max(jnp.where(ks == ask, jnp.arange(ks.shape[0]), -1))
+  one_hot = jax.nn.one_hot
+  told = jnp.concatenate(
+    [one_hot(ks, keys), one_hot(vs, values), jnp.zeros((ks.shape[0], 1))], 1
+  )
+  asked = jnp.concatenate([one_hot(ask, keys), jnp.zeros(values), jnp.ones(1)])
+  xs = jnp.concatenate([told, asked[None]])
+  targets = jnp.zeros(xs.shape[0], jnp.int32).at[-1].set(vs[last])
+  weights = jnp.zeros(xs.shape[0]).at[-1].set(1.0)
+  return xs, targets, weights
