@@ -10,8 +10,8 @@ from memzoo.tasks.mixture import Mixture as Mixture
 from memzoo.tasks.mnist1d import Mnist1d as Mnist1d
 from memzoo.tasks.mqar import Mqar as Mqar
 from memzoo.tasks.selective_copying import SelectiveCopying as SelectiveCopying
-from memzoo.tasks.task import Batch as Batch
 from memzoo.tasks.task import SPLITS as SPLITS
+from memzoo.tasks.task import Batch as Batch
 from memzoo.tasks.task import Task as Task
 from memzoo.tasks.task import make as make
 from memzoo.tasks.task import names as names

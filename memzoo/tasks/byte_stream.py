@@ -116,7 +116,7 @@ class ByteStream(task_lib.Task, abc.ABC):
       yield self._read(data, starts, first, np.full(rows, chunk == 0), end)
 
   def _read(self, data, starts, first, fresh, end=None) -> Batch:
-    """Rows of `length` bytes from `first`, [B]; positions before `end` count."""
+    """Rows of `length` bytes from `first` [B]; inputs before `end` count."""
     rows, length = len(first), self.length
     tokens = np.zeros((rows, length + 1), np.int32)
     place = first[:, None] + np.arange(length + 1)

@@ -1,9 +1,9 @@
 """Files that are made once: where they lie, and how they are written."""
 
-from collections.abc import Callable
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 
 def cache_dir() -> pathlib.Path:

@@ -1,8 +1,8 @@
 """Tasks whose examples are made up on the device."""
 
-from collections.abc import Iterator
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,13 @@ class Generator(task_lib.Task):
     epoch, offset = sampling.locate(step, batch_size, count)
     if not isinstance(seed, jax.core.Tracer):
       seed = np.uint32(seed)
-    return _generate(self, split, count, batch_size, seed, epoch, offset)
+    return self._generate(split, count, batch_size, seed, epoch, offset)
+
+  def _generate(self, split, count, size, seed, epoch, offset) -> Batch:
+    # What only counts examples must not cause a compilation.
+    static = dataclasses.replace(self, num_train=None, num_test=1)
+    tag = sampling.tag(split)
+    return _rows(static, count, size, seed, tag, epoch, offset)
 
   def eval_batches(
       self, batch_size: int, split: str = 'test', seed: int = 0
@@ -60,8 +66,8 @@ class Generator(task_lib.Task):
 
   def _eval_batches(self, batch_size, split, seed):
     for first in range(0, self.num_test, batch_size):
-      batch = _generate(
-          self, split, None, batch_size,
+      batch = self._generate(
+          split, None, batch_size,
           np.uint32(seed), np.uint32(0), np.uint32(first),
       )
       left = self.num_test - first
@@ -72,17 +78,15 @@ class Generator(task_lib.Task):
       yield batch
 
 
-@functools.partial(
-    jax.jit, static_argnames=('task', 'split', 'count', 'size')
-)
-def _generate(task, split, count, size, seed, epoch, offset) -> Batch:
-  """Batch of `size` rows from a place in a stream."""
+@functools.partial(jax.jit, static_argnames=('task', 'count', 'size'))
+def _rows(task, count, size, seed, split, epoch, offset) -> Batch:
+  """Batch of `size` rows from a place in the stream of (seed, split)."""
+  key = jax.random.fold_in(sampling.stream(seed), split)
   if count is None:
     index = offset + jnp.arange(size, dtype=jnp.uint32)
   else:
-    order = sampling.stream(seed, split, 'order')
+    order = jax.random.fold_in(sampling.stream(seed, 'order'), split)
     index = sampling.epoch_order(order, epoch, offset, size, count)
-  key = sampling.stream(seed, split, 'examples')
   return Batch(
       *jax.vmap(lambda i: task.example(jax.random.fold_in(key, i)))(index)
   )

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memzoo.tasks import sampling
 from memzoo.tasks import task as task_lib
 from memzoo.tasks.generator import Generator
 
@@ -57,12 +57,10 @@ class Induction(Generator):
     return 1 / (self.vocab_size - 1)
 
   def example(self, key):
-    tokens_key, place_key = jax.random.split(key)
+    tokens, place = sampling.words(key, self.length, 1)
     trigger = self.vocab_size - 1
-    inputs = jax.random.randint(
-        tokens_key, (self.length,), 0, trigger, jnp.int32
-    )
-    place = jax.random.randint(place_key, (), 0, self.length - 3, jnp.int32)
+    inputs = sampling.below(tokens, trigger)
+    place = sampling.below(place[0], self.length - 3)
     inputs = inputs.at[place].set(trigger).at[-1].set(trigger)
     targets = jnp.zeros((self.length,), jnp.int32)
     targets = targets.at[-1].set(inputs[place + 1])

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import pathlib
 import random
-from typing import ClassVar
 import zipfile
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,7 +14,12 @@ from memzoo.tasks import task as task_lib
 from memzoo.tasks.examples import Examples
 from memzoo.tasks.task import Batch
 
-_SHAPES = {'x': (4000, 40), 'y': (4000,), 'x_test': (1000, 40), 'y_test': (1000,)}
+_SHAPES = {
+    'x': (4000, 40),
+    'y': (4000,),
+    'x_test': (1000, 40),
+    'y_test': (1000,),
+}
 _SHUFFLE_SEED = 42
 
 
@@ -84,7 +89,7 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
   """The arrays of the cache file; None if it is absent or damaged."""
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, 'rb') as handle, np.load(handle) as file:
       data = {name: file[name] for name in _SHAPES}
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     return None
@@ -103,7 +108,7 @@ def _generate() -> dict[str, np.ndarray]:
     from mnist1d import data as generator  # pylint: disable=import-outside-toplevel
   except ImportError as error:
     raise ImportError(
-        'the task mnist1d needs the package mnist1d: pip install memzoo[data]'
+        'the task mnist1d needs the package mnist1d: pip install mnist1d'
     ) from error
   states = np.random.get_state(), random.getstate()
   try:

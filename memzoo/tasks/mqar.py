@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,24 +85,24 @@ class Mqar(Generator):
     return 1 / (self.vocab_size - self.vocab_size // 2)
 
   def example(self, key):
-    keys_key, values_key, slots_key, noise_key = jax.random.split(key, 4)
+    num_slots = self.length // 2 - self.pairs
+    keys, values, slots, noise = sampling.words(
+        key, self.pairs, self.pairs, num_slots, self.length
+    )
     half = self.vocab_size // 2
-    keys = sampling.distinct(keys_key, self.pairs, 1, half)
-    values = sampling.distinct(values_key, self.pairs, half, self.vocab_size)
+    keys = sampling.distinct(keys, 1, half)
+    values = sampling.distinct(values, half, self.vocab_size)
     context = jnp.stack([keys, values], axis=1).reshape(-1)
 
-    num_slots = self.length // 2 - self.pairs
     slot = np.arange(1, num_slots + 1, dtype=np.float32)
-    log_p = jnp.asarray(np.float32(self.power_a - 1) * np.log(slot))
-    slots = sampling.weighted_distinct(slots_key, self.pairs, log_p)
+    log_p = np.float32(self.power_a - 1) * np.log(slot)
+    slots = sampling.weighted_distinct(slots, self.pairs, log_p)
     query = 2 * self.pairs + 2 * slots
 
     inputs = jnp.zeros((self.length,), jnp.int32)
     inputs = inputs.at[: 2 * self.pairs].set(context).at[query].set(keys)
     if self.random_non_queries:
-      noise = jax.random.randint(
-          noise_key, inputs.shape, 0, self.vocab_size, jnp.int32
-      )
+      noise = sampling.below(noise, self.vocab_size)
       inputs = jnp.where(inputs == 0, noise, inputs)
     targets = jnp.zeros((self.length,), jnp.int32).at[query].set(values)
     weights = jnp.zeros((self.length,), jnp.float32).at[query].set(1.0)

@@ -13,9 +13,14 @@ def stream(seed: jax.typing.ArrayLike, *tags: str) -> jax.Array:
   The generator is fixed (Threefry), whatever the default of the process.
   """
   key = jax.random.key(jnp.asarray(seed, jnp.uint32), impl='threefry2x32')
-  for tag in tags:
-    key = jax.random.fold_in(key, np.uint32(zlib.crc32(tag.encode())))
+  for name in tags:
+    key = jax.random.fold_in(key, tag(name))
   return key
+
+
+def tag(name: str) -> np.uint32:
+  """The number that stands for a name in `stream`."""
+  return np.uint32(zlib.crc32(name.encode()))
 
 
 def locate(step, batch_size: int, count: int | None):
@@ -89,32 +94,56 @@ def epoch_order(
 epoch_order_jit = jax.jit(epoch_order, static_argnames=('size', 'count'))
 
 
-def distinct(key: jax.Array, size: int, low: int, high: int) -> jax.Array:
-  """`size` distinct integers of [low, high) in random order, int32 [size].
+def words(key: jax.Array, *sizes: int) -> list[jax.Array]:
+  """Random uint32 [size] for each of `sizes`, from one draw.
 
-  The first `size` swaps of a Fisher-Yates shuffle, which cost less than a
-  random number for each of the candidates.
+  One draw compiles several times faster than one for each.
   """
-  place = jnp.arange(size, dtype=jnp.int32)
-  other = place + jax.random.randint(
-      key, (size,), 0, jnp.int32(high - low) - place, jnp.int32
-  )
+  drawn = jax.random.bits(key, (sum(sizes),), jnp.uint32)
+  return jnp.split(drawn, np.cumsum(sizes)[:-1])
+
+
+def below(word: jax.Array, high: jax.typing.ArrayLike) -> jax.Array:
+  """Uniform integers of [0, high) from random words, int32.
+
+  By remainder: probabilities differ by at most high / 2**32, relatively.
+  """
+  return (word % jnp.asarray(high, jnp.uint32)).astype(jnp.int32)
+
+
+def distinct(word: jax.Array, low: int, high: int) -> jax.Array:
+  """Distinct integers of [low, high) in random order, from as many words.
+
+  The first swaps of a Fisher-Yates shuffle, which cost less than a random
+  number for each of the candidates.
+
+  Args:
+    word: random uint32 [size].
+    low: lowest candidate.
+    high: one above the highest; high - low >= size.
+
+  Returns:
+    int32 [size].
+  """
+  size = word.shape[0]
+  place = np.arange(size, dtype=np.int32)
+  other = below(word, np.uint32(high - low) - place.astype(np.uint32)) + place
 
   def swap(i, cards):
-    here, there = cards[place[i]], cards[other[i]]
-    return cards.at[other[i]].set(here).at[place[i]].set(there)
+    here, there = cards[i], cards[other[i]]
+    return cards.at[other[i]].set(here).at[i].set(there)
 
   cards = jnp.arange(low, high, dtype=jnp.int32)
   return jax.lax.fori_loop(0, size, swap, cards)[:size]
 
 
 def weighted_distinct(
-    key: jax.Array, size: int, log_weights: jax.Array
+    word: jax.Array, size: int, log_weights: np.ndarray
 ) -> jax.Array:
   """Draws one after the other without replacement, by weight (Gumbel top-k).
 
   Args:
-    key: random key.
+    word: random uint32 [N].
     size: how many are drawn, N at most.
     log_weights: float32 [N], not normalised.
 
@@ -122,5 +151,7 @@ def weighted_distinct(
     int32 [size], in the order of the draws: the first has probability
     proportional to its weight, the second likewise among the rest, and so on.
   """
-  noise = jax.random.gumbel(key, log_weights.shape, log_weights.dtype)
-  return jax.lax.top_k(log_weights + noise, size)[1]
+  # 23 bits and a half: neither 0 nor 1 after rounding.
+  uniform = (word >> 9).astype(jnp.float32) + jnp.float32(0.5)
+  noise = -jnp.log(-jnp.log(uniform * jnp.float32(2.0**-23)))
+  return jax.lax.top_k(noise + log_weights, size)[1]

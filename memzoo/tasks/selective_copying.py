@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,13 +62,9 @@ class SelectiveCopying(Generator):
     return 1 / (self.vocab_size - 2)
 
   def example(self, key):
-    tokens_key, places_key = jax.random.split(key)
-    tokens = jax.random.randint(
-        tokens_key, (self.data,), 1, self.vocab_size - 1, jnp.int32
-    )
-    places = jnp.sort(
-        sampling.distinct(places_key, self.data, 0, self.context)
-    )
+    tokens, places = sampling.words(key, self.data, self.data)
+    tokens = sampling.below(tokens, self.vocab_size - 2) + 1
+    places = jnp.sort(sampling.distinct(places, 0, self.context))
     inputs = jnp.full((self.length,), self.vocab_size - 1, jnp.int32)
     inputs = inputs.at[: self.context].set(0).at[places].set(tokens)
     targets = jnp.zeros((self.length,), jnp.int32)

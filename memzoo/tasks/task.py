@@ -1,9 +1,9 @@
 """The contract of a task, and the presets by name."""
 
-from collections.abc import Callable, Iterator
 import difflib
 import inspect
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax

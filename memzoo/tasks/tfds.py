@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 import functools
-from typing import Any, ClassVar
 import zlib
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -287,11 +287,14 @@ def _import() -> tuple[Any, Any]:
     import grain  # pylint: disable=import-outside-toplevel
     import tensorflow_datasets as tfds  # pylint: disable=import-outside-toplevel
   except ImportError as error:
-    raise ImportError(
-        f'the task tfds needs the package {error.name}: pip install'
-        ' memzoo[data]'
-    ) from error
+    raise _missing(error) from error
   return tfds, grain
+
+
+def _missing(error: ImportError) -> ImportError:
+  return ImportError(
+      f'the task tfds needs the package {error.name}: pip install memzoo[data]'
+  )
 
 
 @functools.lru_cache(maxsize=16)
@@ -316,6 +319,8 @@ def _source(dataset: str, data_dir: str | None, expression: str):
   builder = _builder(dataset, data_dir)
   try:
     builder.download_and_prepare()
+  except ImportError as error:
+    raise _missing(error) from error
   except Exception as error:
     raise RuntimeError(
         f'tfds {dataset}: the data set could not be prepared in'
@@ -327,6 +332,12 @@ def _source(dataset: str, data_dir: str | None, expression: str):
     raise ValueError(
         f'tfds {dataset}: cannot read the split {expression!r}; it has'
         f' {", ".join(builder.info.splits)}'
+    ) from error
+  except NotImplementedError as error:
+    raise RuntimeError(
+        f'tfds {dataset}: {str(builder.data_dir)!r} was prepared in a format'
+        ' without random access; give another data_dir, or prepare it with'
+        ' tfds build --file_format=array_record'
     ) from error
 
 
