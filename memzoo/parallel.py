@@ -6,16 +6,15 @@ path names. XLA places the collectives, so that a step on eight devices is the
 step on one, up to the order of its sums.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 
 AXES = ("data", "fsdp")
 
@@ -23,17 +22,18 @@ Spec = P | Callable[[tuple[int, ...], Mesh], P]
 Rules = Sequence[tuple[str, Spec]]
 
 
-def largest(axis: str) -> Callable[[tuple[int, ...], Mesh], P]:
+def largest(axis: str, first: int = 0) -> Callable[..., P]:
   """A rule that splits a leaf's largest dimension over the mesh axis `axis`.
 
-  Of the dimensions that the axis divides, that is; the first of equals. A leaf
-  of fewer than two dimensions, or with none that divides, is replicated.
+  Of the dimensions from `first` on that the axis divides, that is; the first
+  of equals. A leaf of fewer than two such dimensions, or with none that
+  divides, is replicated.
   """
 
   def spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     size = mesh.shape.get(axis, 1)
-    fits = [i for i, n in enumerate(shape) if n and n % size == 0]
-    if size == 1 or len(shape) < 2 or not fits:
+    fits = [i for i, n in enumerate(shape) if i >= first and n and not n % size]
+    if size == 1 or len(shape) - first < 2 or not fits:
       return P()
     at = max(fits, key=lambda i: (shape[i], -i))
     return P(*(axis if i == at else None for i in range(at + 1)))
@@ -41,9 +41,13 @@ def largest(axis: str) -> Callable[[tuple[int, ...], Mesh], P]:
   return spec
 
 
+#: Path names of leaves that hold all layers of a stack, on their first axis.
+STACKED = re.compile(r"(^|/)blocks/\d+/")
+
 #: The first rule whose pattern is found in a leaf's path name decides.
 RULES: Rules = (
   (r"(^|/)(bias|scale|norm)(/|$)", P()),
+  (STACKED.pattern, largest("fsdp", first=1)),
   (r"", largest("fsdp")),
 )
 
@@ -167,14 +171,17 @@ def shardings(tree, mesh: Mesh, rules: Rules = RULES):
         break
     else:
       spec = P()
-    sharding = NamedSharding(mesh, spec)
+    shape = tuple(leaf.shape)
     try:
-      sharding.shard_shape(tuple(leaf.shape))
-    except ValueError as error:
+      sharding = NamedSharding(mesh, spec)
+      fits = len(spec) <= len(shape) and sharding.shard_shape(shape)
+    except ValueError:  # an unknown axis, or one that does not divide
+      fits = None
+    if fits in (None, False):
       raise ValueError(
-        f"{name!r} of shape {tuple(leaf.shape)} cannot be split as {spec} "
-        f"over the mesh {dict(mesh.shape)}"
-      ) from error
+        f"{name!r} of shape {shape} cannot be split as {spec} over the mesh "
+        f"{dict(mesh.shape)}"
+      )
     return sharding
 
   return map_named(place, tree)

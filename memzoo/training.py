@@ -9,34 +9,30 @@ Nothing here reads flags, prints, or installs signal handlers; `experiments/`
 does.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from etils import epath
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from etils import epath
-from flax import nnx
 
-from memzoo import parallel
-
-FORMAT = 1  # of the checkpoints
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that is damaged, foreign, or of another config."""
-
-
-class WorkdirError(OSError):
-  """A workdir that cannot be made or written."""
+from memzoo import checkpoint, parallel
+from memzoo.checkpoint import (
+  CheckpointError as CheckpointError,
+  WorkdirError as WorkdirError,
+  load as load,
+  open_workdir as open_workdir,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +50,8 @@ class Config:
     seed: of the batches and of dropout.
     report_weights: {name: weight} of the model's reports in the loss; those
       of weight 0 are logged alone.
+    implementation: form of the cells, or {cell: form}; None for the first that
+      serves.
     best: the metric by which the best checkpoint is kept; 'accuracy' is
       better high, any other low.
     train_split: of the task.
@@ -73,9 +71,10 @@ class Config:
   accumulate: int = 1
   seed: int = 0
   report_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  implementation: str | Mapping[str, str] | None = None
   best: str = "loss"
   train_split: str = "train"
-  eval_split: str = "valid"
+  eval_split: str = "validation"
   eval_every: int = 0
   checkpoint_every: int = 0
   log_every: int = 100
@@ -108,12 +107,13 @@ class Config:
     """The fields that the numbers of a run depend on, as plain data.
 
     A checkpoint belongs to one identity. How often a run logs, evaluates and
-    saves may change between two starts.
+    saves may change between two starts, and so may the form that computes it.
     """
+    free = (
+      "implementation", "eval_every", "checkpoint_every", "log_every", "keep",
+    )  # fmt: skip
     plain = dataclasses.asdict(self)
-    for name in ("eval_every", "checkpoint_every", "log_every", "keep"):
-      del plain[name]
-    return plain
+    return {name: x for name, x in plain.items() if name not in free}
 
 
 class TrainState(NamedTuple):
@@ -131,63 +131,20 @@ class TrainState(NamedTuple):
 # Losses
 
 
-def _averages(batch, losses, correct=None):
-  """Means of `losses` under the batch's weights and mask, and their sum."""
-  weights = jnp.ones(losses.shape, jnp.float32)
-  for given in (batch.weights, batch.mask):
-    if given is not None and given.ndim <= losses.ndim:
-      given = given.reshape(given.shape + (1,) * (losses.ndim - given.ndim))
-      weights = weights * given.astype(jnp.float32)
-  total = jnp.sum(weights)
-  mean = lambda x: (
-    jnp.sum(jnp.where(weights > 0, x * weights, 0.0))
-    / jnp.where(total > 0, total, 1.0)
-  )
-  metrics = {"loss": mean(losses), "weight": total}
-  if correct is not None:
-    metrics["accuracy"] = mean(correct.astype(jnp.float32))
-  return metrics
-
-
-def _run(model, batch, state, key, report_weights):
-  given = dict(reset=batch.reset, mask=batch.mask, key=key)
-  if report_weights:
-    return model(state, batch.inputs, reports=True, **given)
-  return *model(state, batch.inputs, **given), {}
-
-
-def _weighed(metrics, reports, report_weights):
-  """Adds the reports by name: (loss, metrics)."""
-  loss = metrics["loss"]
-  for name, weight in report_weights.items():
-    if name not in reports:
-      raise ValueError(
-        f"report_weights: the model has no report {name!r}; it has "
-        f"{', '.join(sorted(reports)) or 'none'}"
-      )
-    value = jnp.mean(reports[name].astype(jnp.float32))
-    metrics[f"report/{name}"] = value
-    if weight:
-      loss = loss + weight * value
-  return loss, metrics
-
-
-def _cross_entropy(logits, labels, counted):
-  labels = jnp.where(counted, labels, 0)  # padding may hold any label
-  logits = logits.astype(jnp.float32)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return losses, jnp.argmax(logits, -1) == labels
-
-
-def token_loss(model, batch, state, key, *, report_weights=None):
+def token_loss(
+  model, batch, state, key, *, report_weights=None, implementation=None
+):
   """Cross-entropy per token, weighted and masked.
 
   Args:
     model: outputs logits [B, T, V].
     batch: targets int [B, T]; weights [B, T] and mask bool [B, T], or None.
+      Targets may hold anything where these are 0.
     state: the model's memory before the batch.
     key: for dropout; None is deterministic.
     report_weights: {name: weight}, the model's reports to add to the loss.
+    implementation: form of the cells, or {cell: form}; None for the model's
+      choice.
 
   Returns:
     (loss, (state, metrics)): float32 scalars 'loss' (without the reports),
@@ -197,55 +154,119 @@ def token_loss(model, batch, state, key, *, report_weights=None):
   Raises:
     ValueError: on a name in `report_weights` that the model does not report.
   """
-  report_weights = report_weights or {}
-  state, logits, reports = _run(model, batch, state, key, report_weights)
-  counted = jnp.ones(batch.targets.shape, bool)
-  for given in (batch.weights, batch.mask):
-    counted = counted if given is None else counted & (given > 0)
-  metrics = _averages(
-    batch, *_cross_entropy(logits, batch.targets, counted)
+  state, logits, reports = _call(
+    model, batch, state, key, report_weights, implementation
   )
-  loss, metrics = _weighed(metrics, reports, report_weights)
+  weights = _weights(batch.targets, batch.weights, batch.mask)
+  metrics = _cross_entropy(logits, batch.targets, weights)
+  loss, metrics = _weigh(metrics, reports, report_weights)
   return loss, (state, metrics)
 
 
-def classification_loss(model, batch, state, key, *, report_weights=None):
+def classification_loss(
+  model, batch, state, key, *, report_weights=None, implementation=None
+):
   """Cross-entropy per row; as `token_loss`, for logits [B, C].
 
   Targets int [B]; weights [B] or None. The mask [B, T] is the model's alone.
   """
-  report_weights = report_weights or {}
-  state, logits, reports = _run(model, batch, state, key, report_weights)
-  batch = batch._replace(mask=None)
-  counted = True if batch.weights is None else batch.weights > 0
-  metrics = _averages(
-    batch, *_cross_entropy(logits, batch.targets, counted)
+  state, logits, reports = _call(
+    model, batch, state, key, report_weights, implementation
   )
-  loss, metrics = _weighed(metrics, reports, report_weights)
+  weights = _weights(batch.targets, batch.weights)
+  metrics = _cross_entropy(logits, batch.targets, weights)
+  loss, metrics = _weigh(metrics, reports, report_weights)
   return loss, (state, metrics)
 
 
-def regression_loss(model, batch, state, key, *, report_weights=None):
+def regression_loss(
+  model, batch, state, key, *, report_weights=None, implementation=None
+):
   """Mean squared error; as `token_loss`, for outputs of the targets' shape.
 
   Targets [B, ...] or [B, T, ...]; the weights have leading axes of theirs, and
   the mask counts where the targets have a time axis of its length.
+
+  Raises:
+    ValueError: where outputs and targets differ in shape, too.
   """
-  report_weights = report_weights or {}
-  state, outputs, reports = _run(model, batch, state, key, report_weights)
-  targets = batch.targets.astype(jnp.float32)
+  state, outputs, reports = _call(
+    model, batch, state, key, report_weights, implementation
+  )
+  targets = batch.targets
   if outputs.shape != targets.shape:
     raise ValueError(
       f"regression: the model's outputs {outputs.shape} and the targets "
       f"{targets.shape} differ in shape"
     )
-  if batch.mask is not None and targets.shape[:2] != batch.mask.shape:
-    batch = batch._replace(mask=None)
-  metrics = _averages(
-    batch, jnp.square(outputs.astype(jnp.float32) - targets)
-  )
-  loss, metrics = _weighed(metrics, reports, report_weights)
+  mask = batch.mask
+  if mask is not None and targets.shape[:2] != mask.shape:
+    mask = None
+  weights = _weights(targets, batch.weights, mask)
+  errors = outputs.astype(jnp.float32) - targets.astype(jnp.float32)
+  metrics = {
+    "loss": _mean(jnp.square(errors), weights), "weight": jnp.sum(weights),
+  }  # fmt: skip
+  loss, metrics = _weigh(metrics, reports, report_weights)
   return loss, (state, metrics)
+
+
+def _call(model, batch, state, key, report_weights, implementation):
+  """(state, outputs, reports)."""
+  options = dict(reset=batch.reset, mask=batch.mask, key=key)
+  if implementation is not None:
+    options["implementation"] = implementation
+  if report_weights:
+    return model(state, batch.inputs, reports=True, **options)
+  return *model(state, batch.inputs, **options), {}
+
+
+def _weights(targets, *factors):
+  """The product of the factors, each over leading axes of the targets'."""
+  weights = jnp.ones(targets.shape, jnp.float32)
+  for factor in factors:
+    if factor is not None:
+      axes = (1,) * (targets.ndim - factor.ndim)
+      weights = weights * factor.reshape(factor.shape + axes).astype(
+        jnp.float32
+      )
+  return weights
+
+
+def _mean(values, weights):
+  total = jnp.sum(weights)
+  values = jnp.where(weights > 0, values * weights, 0.0)
+  return jnp.sum(values) / jnp.where(total > 0, total, 1.0)
+
+
+def _cross_entropy(logits, labels, weights) -> dict[str, jax.Array]:
+  logits = logits.astype(jnp.float32)
+  counted = weights > 0
+  labels = jnp.where(counted, labels, 0)
+  logits = jnp.where(counted[..., None], logits, 0.0)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
+  return {
+    "loss": _mean(losses, weights),
+    "accuracy": _mean(correct, weights),
+    "weight": jnp.sum(weights),
+  }
+
+
+def _weigh(metrics, reports, report_weights):
+  """Adds the reports by name: (loss, metrics)."""
+  loss = metrics["loss"]
+  for name, weight in (report_weights or {}).items():
+    if name not in reports:
+      raise ValueError(
+        f"report_weights: the model has no report {name!r}; it has "
+        f"{', '.join(sorted(reports)) or 'none'}"
+      )
+    value = jnp.mean(reports[name].astype(jnp.float32))
+    metrics = {**metrics, f"report/{name}": value}
+    if weight:
+      loss = loss + weight * value
+  return loss, metrics
 
 
 LOSSES = {
@@ -255,8 +276,8 @@ LOSSES = {
 }
 
 
-def loss_for(task, report_weights: Mapping[str, float] | None = None):
-  """The `loss_fn` of a task's kind, its reports weighed.
+def loss_for(config: Config, task) -> Callable:
+  """The `loss_fn` of a task's kind, with the options that `config` has.
 
   Raises:
     ValueError: on a kind that is not in `LOSSES`.
@@ -266,33 +287,36 @@ def loss_for(task, report_weights: Mapping[str, float] | None = None):
       f"task {task!r}: unknown kind {task.kind!r}; known: "
       f"{', '.join(sorted(LOSSES))}"
     )
-  weights = dict(report_weights or {})
-  return functools.partial(LOSSES[task.kind], report_weights=weights)
+  return functools.partial(
+    LOSSES[task.kind],
+    report_weights=dict(config.report_weights),
+    implementation=config.implementation,
+  )
 
 
 # The optimiser
 
 
-#: Path names that weight decay leaves alone, whatever their shape: offsets,
-#: scales, decays and time steps, and states before the first input.
+#: Path names that weight decay leaves alone, whatever their shape: offsets
+#: (`b`, `b0`, `out_b`), scales, rates of decay, states before the first input.
 UNDECAYED = re.compile(
-  r"(^|[/_])(bias|scale|norm|gain|log|decay|dt|init|initial|gate_bias)([/_]|$)"
+  r"(^|[/_])b\d*$"
+  r"|(^|[/_])(bias|scale|norm|gain|log|decay|init|initial)([/_]|$)"
 )
 
 
-def decayed(params, stacked: int = 0):
+def decayed(params):
   """Which leaves weight decay shrinks: a tree of bools.
 
-  Matrices, that is: leaves of two dimensions or more (`stacked` more, where
-  the layers of a stack are in one leaf), unless `UNDECAYED` finds a word in
-  their path name.
+  Matrices, that is: leaves of two axes or more, the layers' axis of a stack
+  not counted, unless `UNDECAYED` finds a word in their path name.
   """
-  return parallel.map_named(
-    lambda name, leaf: (
-      leaf.ndim >= 2 + stacked and not UNDECAYED.search(name)
-    ),
-    params,
-  )
+
+  def decays(name, leaf):
+    stacked = bool(parallel.STACKED.search(name))
+    return leaf.ndim - stacked >= 2 and not UNDECAYED.search(name)
+
+  return parallel.map_named(decays, params)
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -303,9 +327,7 @@ def schedule(config: Config) -> optax.Schedule:
     warm = (count + 1) / max(config.warmup, 1)
     done = (count - config.warmup) / max(config.steps - config.warmup, 1)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
-    return config.learning_rate * jnp.where(
-      count < config.warmup, warm, cosine
-    )
+    return config.learning_rate * jnp.where(count < config.warmup, warm, cosine)
 
   return rate
 
@@ -357,32 +379,31 @@ class Trainer:
     self.config = config
     self.task = task
     self.mesh = parallel.make_mesh() if mesh is None else mesh
-    self.loss_fn = loss_fn or loss_for(task, config.report_weights)
+    self.loss_fn = loss_fn or loss_for(config, task)
     if config.batch_size // config.accumulate % self.mesh.size:
       raise ValueError(
         f"batch_size {config.batch_size} in {config.accumulate} micro-batch"
         f"(es) cannot be split evenly over the {self.mesh.size} devices of the "
         f"mesh {dict(self.mesh.shape)}"
       )
-    self._graph, params, buffers = nnx.split(model, nnx.Param, ...)
-    self._params = nnx.to_pure_dict(params)
-    self._buffers = nnx.to_pure_dict(buffers)
+    self._graph = nnx.split(model, nnx.Param, ...)[0]
+    self._variables = checkpoint.variables(model)
     self._refreshes = bool(getattr(model, "has_buffers", False))
     self._optimizer = optimizer(config, decayed)
     self._row_axes = _row_axes(model) if task.streams else []
     self._on_device, batch = self._batch_form()
-    self.tokens_per_step = math.prod(
-      jax.tree.leaves(batch.inputs)[0].shape[:2]
-    )
-    fresh = jax.eval_shape(self._fresh, self._params, self._buffers)
-    _, _, _, metrics = jax.eval_shape(
-      self._gradients, fresh, batch, jax.random.key(0)
+    self.tokens_per_step = math.prod(jax.tree.leaves(batch.inputs)[0].shape[:2])
+    fresh = jax.eval_shape(self._fresh, **self._variables)
+    _, (_, metrics) = jax.eval_shape(
+      self._objective, *fresh[1:3], fresh.memory, batch, jax.random.key(0)
     )
     self._window = {
       name: np.zeros((), np.float32) for name in sorted([*metrics, "grad_norm"])
     }
-    fresh = fresh._replace(window=self._window)
-    self.shardings = parallel.shardings(fresh, self.mesh, rules)._replace(
+    self._shapes = fresh._replace(window=self._window)
+    self.shardings = parallel.shardings(
+      self._shapes, self.mesh, rules
+    )._replace(
       memory=self._by_row(
         lambda _, axis: parallel.batch_sharding(self.mesh, axis), fresh.memory
       )
@@ -393,20 +414,31 @@ class Trainer:
     self._many = compiled(self._steps)
     self._one = compiled(self._step)
     self._score = jax.jit(self._scores)
-    self._begin = jax.jit(
-      lambda params, buffers: self._fresh(params, buffers).memory
-    )
+    self._begin = jax.jit(lambda *args: self._fresh(*args).memory)
+
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """What an evaluation averages."""
+    return tuple(n for n in self._window if n not in ("weight", "grad_norm"))
 
   @property
   def parameters(self) -> int:
     """How many numbers the optimiser trains."""
-    return sum(x.size for x in jax.tree.leaves(self._params))
+    return sum(x.size for x in jax.tree.leaves(self._shapes.params))
 
   def init(self) -> TrainState:
     """The state before step 0, on the mesh. The model's arrays are copied."""
-    state = jax.jit(self._fresh)(self._params, self._buffers)
+    state = jax.jit(self._fresh)(**self._variables)
     state = state._replace(window=self._window)
     return parallel.put(state, self.shardings, copy=True)
+
+  def abstract(self) -> TrainState:
+    """Shapes, dtypes and places of the state: what a checkpoint is read to."""
+    return jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      self._shapes,
+      self.shardings,
+    )
 
   def run(self, state: TrainState, steps: int) -> TrainState:
     """`steps` steps from `state`, whose buffers are donated.
@@ -481,13 +513,10 @@ class Trainer:
   def _batch_form(self):
     """Whether batches can be drawn on the device, and their shapes."""
     try:
-      return True, jax.eval_shape(
-        self._draw, jax.ShapeDtypeStruct((), jnp.int32)
-      )
+      step = jax.ShapeDtypeStruct((), jnp.int32)
+      return True, jax.eval_shape(self._draw, step)
     except jax.errors.JAXTypeError:  # the task reads files, or uses NumPy
-      return False, jax.eval_shape(lambda: jax.tree.map(
-        jnp.asarray, self._draw(0)
-      ))
+      return False, jax.eval_shape(lambda batch: batch, self._draw(0))
 
   def _put(self, batch):
     return parallel.put(batch, parallel.batch_sharding(self.mesh))
@@ -523,7 +552,8 @@ class Trainer:
       if axis is None:
         return x[-1]
       x = jnp.moveaxis(x, 0, axis + 1)
-      return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+      rows = x.shape[axis] * parts
+      return x.reshape(*x.shape[:axis], rows, *x.shape[axis + 2 :])
 
     def one(part):
       index, batch, memory = part
@@ -566,16 +596,19 @@ class Trainer:
     """One step; a non-finite one leaves all but the counters as they were."""
     key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
     loss, grads, memory, metrics = self._gradients(state, batch, key)
-    norm = optax.global_norm(grads)
-    updates, opt_state = self._optimizer.update(
-      grads, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(grads)
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+      updates, opt_state = self._optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     buffers = state.buffers
     if self._refreshes:
       model = self._merge(params, buffers)
-      model.refresh(state.memory, batch.inputs, reset=batch.reset, mask=batch.mask)
-      buffers = nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+      model.refresh(
+        state.memory, batch.inputs, reset=batch.reset, mask=batch.mask
+      )
+      buffers = checkpoint.variables(model)["buffers"]
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     for leaf in jax.tree.leaves((memory, buffers)):
       if jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -623,9 +656,7 @@ def _means(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """Weighted sums to averages; NaN where nothing had weight."""
   total = sum(float(s["weight"]) for s in sums)
   return {
-    name: (
-      sum(float(s[name]) for s in sums) / total if total else math.nan
-    )
+    name: (sum(float(s[name]) for s in sums) / total if total else math.nan)
     for name in sorted(sums[0])
     if name != "weight"
   }
@@ -641,308 +672,6 @@ def _row_axes(model: nnx.Module) -> list[int | None]:
   return [next(iter(differ(a, b)), None) for a, b in zip(two, three)]
 
 
-# Checkpoints
-
-
-class Checkpoints:
-  """The checkpoints of one workdir: the latest few, and the best.
-
-  Written in the background and committed by a rename: a run that is killed
-  while one is written finds the one before. Each is a folder
-  `checkpoints/<step>/` of three items: `model` and `trainer`, flat
-  {path name: array}, and `meta`, the config and what was measured.
-
-  Args:
-    workdir: a local folder, or a bucket that `epath` knows.
-    keep: how many of the latest are kept.
-    config: plain data that a checkpoint must agree with to be restored.
-
-  Raises:
-    WorkdirError: where the workdir cannot be made or written.
-  """
-
-  def __init__(self, workdir, keep: int, config: Mapping[str, Any]):
-    self.path = open_workdir(workdir) / "checkpoints"
-    self.config = json.loads(json.dumps(config))
-    self._policy = _Preserve(keep)
-    self._manager = _manager(
-      self.path, preservation_policy=self._policy, cleanup_tmp_directories=True
-    )
-
-  def latest(self) -> int | None:
-    """The last committed step; None where there is none."""
-    return self._manager.latest_step()
-
-  def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-    """Saves `state` in the background; returns when its arrays may change."""
-    model, trainer = _items(state)
-    step = int(state.step)
-    best = meta.get("best")
-    self._policy.best = best["step"] if best else None
-    about = {
-      "format": FORMAT,
-      "config": self.config,
-      "arrays": {
-        name: [list(x.shape), str(x.dtype)]
-        for name, x in {**model, **trainer}.items()
-      },
-      **meta,
-    }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardSave(model),
-        trainer=ocp.args.StandardSave(trainer),
-        meta=ocp.args.JsonSave(about),
-      ),
-    )
-
-  def restore(self, trainer: Trainer) -> tuple[TrainState, dict] | None:
-    """The latest state, placed as `trainer` places it, and its meta.
-
-    Any number of devices may have written it. None where there is none.
-
-    Raises:
-      CheckpointError: where it is of another config, of other arrays, damaged
-        or no checkpoint of this trainer. The files are left as they are.
-    """
-    step = self.latest()
-    if step is None:
-      return None
-    meta = _read_meta(self._manager, self.path / str(step))
-    differ = _differences(meta["config"], self.config)
-    if differ:
-      raise CheckpointError(
-        f"checkpoint {self.path / str(step)} is of another config: "
-        + "; ".join(
-          f"{key} is {was} there and {now} here" for key, was, now in differ
-        )
-        + ". Choose another workdir, or run with the checkpoint's config"
-      )
-    shapes = jax.eval_shape(
-      lambda: trainer._fresh(trainer._params, trainer._buffers)
-    )._replace(window=trainer._window)
-    model, rest = _items(shapes, trainer.shardings)
-    found = _read_arrays(
-      self._manager, self.path / str(step), meta, model=model, trainer=rest
-    )
-    self._policy.best = meta["best"]["step"] if meta["best"] else None
-    return _state(shapes, {**found["model"], **found["trainer"]}), meta
-
-  def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.close()
-
-
-class _Preserve:
-  """Keeps the latest few checkpoints and the best."""
-
-  def __init__(self, keep: int):
-    self.keep = keep
-    self.best: int | None = None
-
-  def should_preserve(self, checkpoints, *, context=None) -> list[bool]:
-    first = len(checkpoints) - self.keep
-    return [
-      i >= first or c.step == self.best for i, c in enumerate(checkpoints)
-    ]
-
-
-def load(workdir, model: nnx.Module, which: str = "best") -> dict[str, Any]:
-  """Puts the variables of a checkpoint into `model`.
-
-  Args:
-    workdir: of a run.
-    model: as the run built it; its variables are replaced.
-    which: 'best' or 'latest'. 'best' is 'latest' in a run that never
-      evaluated.
-
-  Returns:
-    The checkpoint's meta: its config, 'step', metrics.
-
-  Raises:
-    CheckpointError: where there is no checkpoint, or it does not fit.
-    ValueError: on another `which`.
-  """
-  if which not in ("best", "latest"):
-    raise ValueError(f"which: 'best' or 'latest', got {which!r}")
-  path = epath.Path(workdir) / "checkpoints"
-  if not path.is_dir():
-    raise CheckpointError(f"no checkpoints in {workdir}")
-  with _manager(path, read_only=True) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise CheckpointError(f"no checkpoints in {workdir}")
-    meta = _read_meta(manager, path / str(step))
-    if which == "best" and meta["best"] and meta["best"]["step"] != step:
-      step = meta["best"]["step"]
-      meta = _read_meta(manager, path / str(step))
-    _, params, buffers = nnx.split(model, nnx.Param, ...)
-    own = {
-      "params": nnx.to_pure_dict(params), "buffers": nnx.to_pure_dict(buffers),
-    }  # fmt: skip
-    wanted = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-      for name, x in _encoded(own).items()
-    }
-    found = _read_arrays(manager, path / str(step), meta, model=wanted)
-  values = _state(own, found["model"])
-  for variables in values.values():
-    nnx.update(model, variables)
-  return meta
-
-
-def open_workdir(workdir) -> epath.Path:
-  """Makes `workdir` and tries to write there.
-
-  Raises:
-    WorkdirError: where that fails.
-  """
-  path = epath.Path(workdir)
-  probe = path / f".writable-{jax.process_index()}"
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    probe.write_text("")
-    probe.unlink()
-  except OSError as error:
-    raise WorkdirError(
-      f"workdir {str(workdir)!r} cannot be written: "
-      f"{error.strerror or type(error).__name__}"
-    ) from error
-  return path
-
-
-def _manager(path, **options) -> ocp.CheckpointManager:
-  return ocp.CheckpointManager(
-    path,
-    item_names=("model", "trainer", "meta"),
-    options=ocp.CheckpointManagerOptions(**options),
-  )
-
-
-def _encoded(tree, placed=None) -> dict[str, Any]:
-  """Leaves by path name as arrays that Orbax takes: keys as their bits, none
-  of size 0. With `placed`, shapes that say where they are to live."""
-  named = parallel.named_leaves(tree)
-  where = parallel.named_leaves(placed) if placed is not None else {}
-  flat = {}
-  for name, leaf in named.items():
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      leaf = (
-        jax.eval_shape(jax.random.key_data, leaf)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-        else jax.random.key_data(leaf)
-      )
-    if leaf.size == 0:
-      continue
-    if name in where:
-      leaf = jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=where[name]
-      )
-    flat[name] = leaf
-  return flat
-
-
-def _items(state: TrainState, placed: TrainState | None = None):
-  """The two items of a checkpoint: ({name: leaf}, {name: leaf})."""
-  flat = _encoded(state, placed)
-  owned = {n: x for n, x in flat.items() if n.startswith(("params/", "buffers/"))}
-  return owned, {n: x for n, x in flat.items() if n not in owned}
-
-
-def _state(like, found: Mapping[str, Any]):
-  """`_encoded` back into a tree like `like`."""
-
-  def leaf(name, x):
-    if name not in found:
-      return jnp.zeros(x.shape, x.dtype)  # of size 0
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(found[name], impl=jax.random.key_impl(x))
-    return found[name]
-
-  return parallel.map_named(leaf, like)
-
-
-def _damaged(path, error) -> CheckpointError:
-  reason = str(error).strip().splitlines() or [""]
-  return CheckpointError(
-    f"checkpoint {path} cannot be read ({type(error).__name__}: "
-    f"{reason[0][:200]}). Nothing was changed; move the folder away to go on "
-    "from the checkpoint before it"
-  )
-
-
-def _read_meta(manager, path) -> dict[str, Any]:
-  if not (path / "meta").is_dir():
-    raise CheckpointError(
-      f"{path} is no checkpoint of this trainer: it has no 'meta'. Nothing was "
-      "changed; choose another workdir"
-    )
-  try:
-    meta = manager.restore(
-      int(path.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    )["meta"]
-    known = meta["format"]
-    missing = {"config", "arrays", "best"} - set(meta)
-  except Exception as error:  # whatever the storage raises
-    raise _damaged(path, error) from error
-  if known != FORMAT or missing:
-    raise CheckpointError(
-      f"checkpoint {path} has format {known!r}, and this trainer reads {FORMAT}"
-    )
-  return meta
-
-
-def _read_arrays(manager, path, meta, **items):
-  wanted = {name: x for item in items.values() for name, x in item.items()}
-  kept = {n: x for n, x in meta["arrays"].items() if n in wanted}
-  if len(items) > 1 or any(n.startswith("params/") for n in meta["arrays"]):
-    own = ("params/", "buffers/")
-    kept = {
-      n: x
-      for n, x in meta["arrays"].items()
-      if len(items) > 1 or n.startswith(own)
-    }
-  here = {n: [list(x.shape), str(x.dtype)] for n, x in wanted.items()}
-  differ = _differences(kept, here)
-  if differ:
-    raise CheckpointError(
-      f"checkpoint {path} holds other arrays than the model: "
-      + "; ".join(f"{n} is {a} there and {b} here" for n, a, b in differ[:5])
-    )
-  try:
-    return manager.restore(
-      int(path.name),
-      args=ocp.args.Composite(
-        **{n: ocp.args.StandardRestore(x) for n, x in items.items()}
-      ),
-    )
-  except Exception as error:  # whatever the storage raises
-    raise _damaged(path, error) from error
-
-
-def _differences(there, here) -> list[tuple[str, str, str]]:
-  """(dotted key, value there, value here) of what differs in plain data."""
-
-  def flat(tree, prefix=""):
-    if not isinstance(tree, Mapping) or not tree:
-      return {prefix[:-1]: tree}
-    return {
-      k: v
-      for name, value in tree.items()
-      for k, v in flat(value, f"{prefix}{name}.").items()
-    }
-
-  there, here = flat(there), flat(here)
-  absent = object()
-  show = lambda x: "absent" if x is absent else repr(x)
-  return [
-    (key, show(there.get(key, absent)), show(here.get(key, absent)))
-    for key in sorted({*there, *here})
-    if there.get(key, absent) != here.get(key, absent)
-  ]
-
-
 # What a run writes
 
 
@@ -952,8 +681,9 @@ class Writer(Protocol):
 
   def start(self, step: int) -> None: ...
 
-  def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    ...
+  def write(
+    self, step: int, split: str, metrics: Mapping[str, float]
+  ) -> None: ...
 
   def close(self) -> None: ...
 
@@ -1020,6 +750,56 @@ CHUNK_SECONDS = 1.0  # how long `stop` may have to wait
 PROFILED_STEPS = 10
 
 
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The two halves of a checkpoint: the model's variables, and the rest."""
+  rest = state._asdict()
+  return {name: rest.pop(name) for name in ("params", "buffers")}, rest
+
+
+def _state(model, rest) -> TrainState:
+  return TrainState(**model, **rest)
+
+
+class _Pace:
+  """How many steps fill a chunk, by the steps so far; the first compiles."""
+
+  def __init__(self):
+    self.steps = 1
+    self.rate = 0.0  # steps a second
+    self._calls = self._done = 0
+    self._spent = 0.0
+
+  @property
+  def compiled(self) -> bool:
+    return self._calls > 0
+
+  @contextlib.contextmanager
+  def measure(self, size: int):
+    began = time.perf_counter()
+    yield
+    took = time.perf_counter() - began
+    if self.compiled:
+      self._done += size
+      self._spent += took
+      self.rate = self._done / self._spent
+      self.steps = max(1, min(2 * size, int(CHUNK_SECONDS * size / took)))
+    self._calls += 1
+
+
+def _next_stop(config: Config, step: int) -> int:
+  """The first step after `step` at which something is to be done."""
+  every = (config.log_every, config.eval_every, config.checkpoint_every)
+  return min(config.steps, *((step // n + 1) * n for n in every if n))
+
+
+def _better(new, old, metric: str) -> bool:
+  """Whether evaluation `new` beats `old`, which may be None."""
+  if not math.isfinite(new[metric]):
+    return False
+  sign = 1 if metric == "accuracy" else -1
+  return old is None or sign * new[metric] > sign * old[metric]
+
+
 def fit(
   config: Config,
   model: nnx.Module,
@@ -1031,6 +811,7 @@ def fit(
   mesh: jax.sharding.Mesh | None = None,
   rules: parallel.Rules = parallel.RULES,
   writers: Iterable[Writer] = (),
+  final: Sequence[str] = (),
   stop: Callable[[], bool] = lambda: False,
   profile: bool = False,
 ) -> dict[str, Any]:
@@ -1048,15 +829,17 @@ def fit(
     mesh: as for `Trainer`.
     rules: as for `Trainer`.
     writers: get the metrics too; of process 0 alone.
+    final: splits to evaluate once, after the last step.
     stop: asked about every second; True saves and returns.
     profile: writes a trace of a few steps to `workdir`/profile.
 
   Returns:
     Plain data: 'step' reached, 'steps' asked for, 'stopped', 'resumed_from',
     'parameters', 'skipped', 'train' and 'eval' (the last metrics), 'best'
-    (those of the best evaluation, with its 'step'), 'seconds' (of training
-    and evaluation, starts and compilation included), 'steps_per_second' and
-    'tokens_per_second' (of training alone, once compiled).
+    (those of the best evaluation, with its 'step'), 'final' ({split: metrics}),
+    'seconds' (of training and evaluation, starts and compilation included),
+    'steps_per_second' and 'tokens_per_second' (of training alone, once
+    compiled).
 
   Raises:
     CheckpointError: where the workdir's checkpoint is not of this run.
@@ -1070,24 +853,37 @@ def fit(
   writers = list(writers) if jax.process_index() == 0 else []
   if workdir is not None:
     identity = {**config.identity(), **(about or {})}
-    checkpoints = Checkpoints(workdir, config.keep, identity)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep, identity)
     if jax.process_index() == 0:
       writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
   try:
     trainer = Trainer(
       config, model, task, loss_fn=loss_fn, mesh=mesh, rules=rules
     )
-    restored = checkpoints.restore(trainer) if checkpoints else None
-    state, meta = restored or (trainer.init(), {})
-    record = {
-      name: meta.get(name) for name in ("train", "eval", "best")
-    } | {"seconds": meta.get("seconds", 0.0), "rate": meta.get("rate", 0.0)}
+    if config.best not in trainer.metrics:
+      raise ValueError(
+        f"config: best is {config.best!r}, and evaluations have "
+        + ", ".join(trainer.metrics)
+      )
+    for split in (config.eval_split, *final):  # fails now, not at the end
+      next(iter(task.eval_batches(config.batch_size, split)), None)
+    restored = None
+    if checkpoints:
+      restored = checkpoints.restore(*_items(trainer.abstract()))
+    meta = restored[2] if restored else {}
+    state = _state(*restored[:2]) if restored else trainer.init()
+    record = {name: meta.get(name) for name in ("train", "eval", "best")} | {
+      "seconds": meta.get("seconds", 0.0),
+      "rate": meta.get("rate", 0.0),
+      "final": meta.get("final", {}),
+    }
     before = record["seconds"]
-    first = step = saved = int(state.step)
+    first = step = int(state.step)
+    saved = first if restored else None
     for writer in writers:
       writer.start(step)
 
-    def write(split, metrics):
+    def write(split, metrics, record=record):
       record[split] = metrics
       for writer in writers:
         writer.write(step, split, metrics)
@@ -1097,18 +893,11 @@ def fit(
     rate = schedule(config)
     stopped = False
     while step < config.steps:
-      until = min(
-        config.steps,
-        *(
-          (step // every + 1) * every
-          for every in (
-            config.log_every, config.eval_every, config.checkpoint_every,
-          )  # fmt: skip
-          if every
-        ),
-      )
       tracing = profile and pace.compiled
-      size = min(until - step, PROFILED_STEPS if tracing else pace.steps)
+      size = min(
+        _next_stop(config, step) - step,
+        PROFILED_STEPS if tracing else pace.steps,
+      )
       size, stopped = parallel.agree(size, stop())
       if stopped:
         break
@@ -1134,12 +923,17 @@ def fit(
         improved = _better(record["eval"], record["best"], config.best)
         if improved:
           record["best"] = {"step": step, **record["eval"]}
+        for split in final if step == config.steps else ():
+          write(split, trainer.evaluate(state, split), record["final"])
         record["seconds"] = before + time.perf_counter() - began
       if checkpoints and (improved or due(config.checkpoint_every)):
-        checkpoints.save(state, record)
+        checkpoints.save(step, *_items(state), record)
         saved = step
-    if checkpoints and stopped and saved != step or stopped and not step:
-      checkpoints.save(state, record)
+    if checkpoints and stopped and saved != step:
+      checkpoints.save(step, *_items(state), record)
+    for split in () if stopped else final:
+      if split not in record["final"]:  # asked for since the run ended
+        record["final"][split] = trainer.evaluate(state, split)
     trainer.update(model, state)
   finally:
     if checkpoints:
@@ -1156,6 +950,7 @@ def fit(
     "train": record["train"],
     "eval": record["eval"],
     "best": record["best"],
+    "final": record["final"],
     "seconds": record["seconds"],
     "steps_per_second": record["rate"],
     "tokens_per_second": record["rate"] * trainer.tokens_per_step,

@@ -17,17 +17,24 @@ import subprocess
 import sys
 import time
 
+from absl import flags
+from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
+import memzoo
 from memzoo import checkpoint, parallel, training
 from memzoo.tasks import Batch
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+if __name__ != "__main__":
+  from experiments import train  # noqa: E402
+
 VOCAB, WIDTH, LENGTH = 7, 8, 6
 
 
@@ -117,9 +124,9 @@ class Tokens:
   bad: tuple = ()  # steps whose weights are not finite
 
   def batch(self, seed, step, batch_size, split):
-    if self.on_host:
-      step = int(step)
     tokens, weights = drawn(seed, step, batch_size, split)
+    if self.on_host:
+      tokens, weights = np.asarray(tokens), np.asarray(weights)
     for bad in self.bad:
       weights = jnp.where(step == bad, jnp.inf, weights)
     return Batch(tokens[:, :-1], tokens[:, 1:], weights)
@@ -130,12 +137,13 @@ class Tokens:
 
 
 CONFIG = dict(
-  steps=40, batch_size=8, learning_rate=1e-2, warmup=5, seed=1,
+  steps=40, batch_size=8, learning_rate=1e-2, seed=1,
   log_every=5, eval_every=10, checkpoint_every=10,
 )  # fmt: skip
 
 
 def make(**options):
+  options.setdefault("warmup", min(5, options.get("steps", 5)))
   config = training.Config(**{**CONFIG, **options})
   return config, Tiny(jax.random.key(0), dropout=0.1), Tokens()
 
@@ -453,9 +461,7 @@ def test_fit_learns_and_reports(tmp_path):
   assert result["step"] == 300 and not result["stopped"] and not result["skipped"]
   assert start["accuracy"] < 0.4 < 0.8 < result["eval"]["accuracy"]
   assert result["steps_per_second"] > 0
-  np.testing.assert_allclose(
-    result["tokens_per_second"], result["steps_per_second"] * 8 * LENGTH
-  )
+  np.testing.assert_allclose(result["tokens_per_second"], result["steps_per_second"] * 8 * LENGTH)
   assert result["parameters"] == 2 * VOCAB * WIDTH + WIDTH**2 + VOCAB
   json.dumps(result)
   assert [line["step"] for line in lines(tmp_path)] == [
@@ -600,12 +606,13 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_numbers(tmp_path, uninter
   moments = [rng.randrange(1, 11), rng.randrange(1, 5)]
   print(f"killed after {moments} lines")  # shown where the test fails
   for moment in moments:
-    until = written(tmp_path) + moment
+    until = min(written(tmp_path) + moment, 11)
     process = run(tmp_path, wait=False, delay=0.02)
     wait_for(lambda until=until: written(tmp_path) >= until, process)
     time.sleep(rng.random() * 0.05)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
   result = run(tmp_path)
   assert numbers(result) == numbers(uninterrupted[0])
   assert lines(tmp_path) == uninterrupted[1]
@@ -631,7 +638,7 @@ def test_a_half_written_checkpoint_is_survived(tmp_path):
   shutil.copytree(found / "20", found / "30.orbax-checkpoint-tmp")
   shutil.rmtree(found / "20")
   (found / "30.orbax-checkpoint-tmp" / "meta" / "metadata").unlink()
-  again = Tiny(jax.random.key(4))
+  again = Tiny(jax.random.key(4), dropout=0.1)
   result = training.fit(config, again, task, workdir=tmp_path)
   assert result["resumed_from"] == 10
   assert digest(again) == digest(model)
@@ -676,7 +683,9 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
   interrupted(tmp_path)
   refused(tmp_path, "learning_rate is 0.01 there and 0.5 here", learning_rate=0.5)
   refused(tmp_path, r"model.width is 8 there and 9 here; .*workdir", about={"model": {"width": 9}})
-  refused(tmp_path, "model.depth is absent there and 1 here", about={"model": {"width": 8, "depth": 1}})
+  refused(
+    tmp_path, "model.depth is absent there and 1 here", about={"model": {"width": 8, "depth": 1}}
+  )
   # What does not change the numbers may change.
   config, model, task = make(steps=20, log_every=7, checkpoint_every=3, keep=4)
   result = training.fit(config, model, task, workdir=tmp_path, about={"model": {"width": 8}})
@@ -686,7 +695,9 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
 def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
   interrupted(tmp_path)
   model = Tiny(jax.random.key(0), inputs=9)
-  refused(tmp_path, r"params/embed is 'float32\[7, 8\]' there and 'float32\[9, 8\]' here", model=model)
+  refused(
+    tmp_path, r"params/embed is 'float32\[7, 8\]' there and 'float32\[9, 8\]' here", model=model
+  )
 
 
 def damage(tmp_path, how):
@@ -747,7 +758,7 @@ def test_an_unwritable_workdir_is_one_clear_error(tmp_path, place):
   workdir = {"file": path, "below": path / "run", "checkpoints": tmp_path}[place]
   if place == "checkpoints":
     path.rename(tmp_path / "checkpoints")
-  with pytest.raises(training.WorkdirError, match=f"workdir '{workdir}'") as error:
+  with pytest.raises(training.WorkdirError, match=f"workdir '{workdir}.*cannot be") as error:
     training.fit(config, model, task, workdir=workdir)
   assert "\n" not in str(error.value)
   (kept,) = (p for p in tmp_path.iterdir() if p.is_file())
@@ -757,15 +768,15 @@ def test_an_unwritable_workdir_is_one_clear_error(tmp_path, place):
 @pytest.mark.parametrize(
   ("options", "match"),
   [
-    (dict(steps=0), "steps must be at least 1: 0"),
+    (dict(steps=0, warmup=0), "steps must be at least 1: 0"),
     (dict(batch_size=0), "batch_size must be at least 1"),
     (dict(warmup=41), "warmup 41 is longer than steps 40"),
     (dict(learning_rate=0.0), "learning_rate must be positive"),
     (dict(learning_rate=float("nan")), "learning_rate must be positive"),
     (dict(accumulate=3), "batch_size 8 is no multiple of accumulate 3"),
     (dict(clip=-1.0), "clip must be at least 0"),
-    (dict(best="acuracy"), "best is 'acuracy', and the evaluation has accuracy, loss"),
-    (dict(eval_split="dev"), "dev"),
+    (dict(best="acuracy"), "best is 'acuracy', and evaluations have accuracy, loss"),
+    (dict(eval_split="dev"), "not in tuple"),
     (dict(report_weights={"sise": 1.0}), "no report 'sise'; it has size"),
   ],
 )
@@ -909,6 +920,145 @@ def test_sigterm_to_one_process_stops_both(tmp_path):
   first, second = map(finish, both)
   assert first["stopped"] and second["stopped"] and first["step"] == second["step"]
   assert str(first["step"]) in os.listdir(tmp_path / "checkpoints")
+
+
+# The command
+
+
+TINY = (
+  "--cell=gru", "--d_model=8", "--depth=1", "--task=mqar_small", "--task_options=num_test=16",
+  "--batch_size=8", "--steps=6", "--warmup=2", "--log_every=2", "--eval_every=4",
+)  # fmt: skip
+
+
+def flagged(*arguments):
+  values = flags.FlagValues()
+  train.define(values)
+  values(["train", *TINY, *arguments])
+  return values
+
+
+@pytest.mark.parametrize(
+  ("text", "want"),
+  [
+    ("", {}),
+    ("a=1, b=true,c=.5,d=word,e=None", {"a": 1, "b": True, "c": 0.5, "d": "word", "e": None}),
+    ('{"a": [1, 2], "b": "x,y"}', {"a": [1, 2], "b": "x,y"}),
+    ("path=/a/b c.txt,gru.reset_after=False", {"path": "/a/b c.txt", "gru.reset_after": False}),
+  ],
+)
+def test_parse_options(text, want):
+  assert train.parse_options(text) == want
+
+
+@pytest.mark.parametrize(
+  ("arguments", "match"),
+  [
+    (["--cell=grru"], "unknown memory 'grru'.*'gru'"),
+    (["--cell=gru,lstn"], "unknown memory 'lstn'.*'lstm'"),
+    (["--cell_options=reset_befor=1"], "memory 'gru' has no option 'reset_befor'"),
+    (["--cell_options=lru.x=1"], "'lru.x', and no cell is 'lru'"),
+    (["--cell_options=reset_after"], "'reset_after' is not name=value"),
+    (["--cell_options={oops"], "are no JSON"),
+    (["--task=mqar_smal"], "unknown task: 'mqar_smal'"),
+    (["--task_options=lenght=3"], "'lenght'"),
+    (["--task=text", "--task_options="], "needs the option path"),
+    (["--task=text", "--task_options=path=/no/such/file"], "no file '/no/such/file'"),
+    (["--model_options=convsize=4"], "models have no option 'convsize'"),
+    (["--cell=gru,gru", "--depth=3"], "depth must be a positive multiple of the 2 cell"),
+    (["--dropout=1.5"], "dropout must be a rate"),
+    (["--d_model=0"], "d_model"),
+    (["--report_weights=balance=1"], "no report 'balance'; it has none"),
+    (["--implementation=chunks"], "chunks"),
+    (["--mesh=dta:1"], "unknown axis 'dta'"),
+    (["--platform=tpu"], "no tpu is here; JAX found"),
+    (["--eval_split=dev"], "'dev'"),
+    (["--profile"], "a workdir is needed"),
+    (["--distributed", "--process=1"], "coordinator, processes missing"),
+  ],
+)
+def test_impossible_flags_are_one_clear_error(arguments, match):
+  with pytest.raises((ValueError, TypeError, OSError, NotImplementedError), match=match):
+    train.run(flagged(*arguments))
+
+
+def test_a_run_is_repeated_from_its_flags(tmp_path):
+  first = train.run(flagged(f"--workdir={tmp_path / 'a'}", "--dropout=0.2", "--final=test"))
+  again = ["--flagfile=" + str(tmp_path / "a" / "run.flags"), f"--workdir={tmp_path / 'b'}"]
+  second = train.run(flagged(*again))
+  assert lines(tmp_path / "a") == lines(tmp_path / "b")
+  assert first["final"] == second["final"] and first["final"]["test"]["loss"] > 0
+  task, model = train.build(flagged(*again))
+  meta = training.load(tmp_path / "b", model, "latest")
+  assert meta["config"]["task"] == "mqar_small" and meta["config"]["model"]["dropout"] == 0.2
+  _, fresh = train.build(flagged(*again))
+  assert digest(fresh) != digest(model)
+  with pytest.raises(training.CheckpointError, match="model.dropout is 0.2 there and 0.0 here"):
+    train.run(flagged(*again, "--dropout=0"))
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32(tmp_path):
+  results = []
+  for dtype in ("float32", "bfloat16"):
+    values = flagged(f"--compute_dtype={dtype}", "--cell_options=reset_after=true")
+    task, model = train.build(values)
+    results.append(training.fit(train.settings(values), model, task))
+    assert {x.dtype for x in jax.tree.leaves(checkpoint.variables(model))} == {jnp.dtype("float32")}
+  a, b = (r["eval"]["loss"] for r in results)
+  assert a != b and abs(a - b) < 0.01 * a
+
+
+def test_decay_leaves_offsets_and_scales_alone():
+  _, model = train.build(flagged("--cell=gru,gated_delta", "--depth=4"))
+  params = checkpoint.variables(model)["params"]
+  mask = parallel.named_leaves(training.decayed(params))
+  short = lambda name: name.replace("encoder/stack/blocks/", "")
+  decays = {short(n) for n, yes in mask.items() if yes}
+  spared = {short(n) for n, yes in mask.items() if not yes}
+  assert {"encoder/embedding", "0/memory/params/w", "0/mlp/up", "1/memory/params/qkv"} <= decays
+  assert {"0/memory/params/b", "0/mlp_norm/scale", "1/memory/params/a_log"} <= spared
+  assert {"1/memory/params/dt", "encoder/norm/scale"} <= spared
+  mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
+  placed = parallel.named_leaves(parallel.shardings(params, mesh))
+  assert placed["encoder/stack/blocks/0/mlp/up"].spec == P(None, None, "fsdp")
+  assert placed["encoder/stack/blocks/0/memory/params/b"].spec == P()
+
+
+@pytest.mark.parametrize(
+  ("cell", "spared"),
+  [
+    ("lru", {"gamma_log", "nu_log", "theta_log", "d"}),
+    ("mamba", {"a_log", "conv_bias", "d", "dt_bias"}),
+    ("ttt_linear", {"b0", "conv_bias", "norm_bias", "norm_scale", "place", "post_bias"}
+     | {"post_scale", "rate_b"}),
+    ("gru", {"b"}),
+  ],
+)  # fmt: skip
+def test_decay_of_cells(cell, spared):
+  mask = training.decayed(memzoo.tiny(cell).init(jax.random.key(0)))
+  assert {name for name, yes in parallel.named_leaves(mask).items() if not yes} == spared
+
+
+def command(*arguments):
+  return subprocess.Popen(
+    [sys.executable, "-m", "experiments.train", *TINY, *arguments],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+def test_the_command_exits_0_on_sigterm_and_1_on_an_error(tmp_path):
+  process = command(f"--workdir={tmp_path}", "--steps=1000000")
+  wait_for(lambda: written(tmp_path) >= 3, process)
+  process.send_signal(signal.SIGTERM)
+  result = finish(process)
+  assert result["stopped"] and result["step"] > 0
+  assert str(result["step"]) in os.listdir(tmp_path / "checkpoints")
+  process = command(f"--workdir={tmp_path}", "--steps=1000000", "--seed=5")
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 1
+  assert err.strip().splitlines()[-1].startswith("error: checkpoint ") and "seed is 0" in err
+  assert "Traceback" not in err
 
 
 if __name__ == "__main__":

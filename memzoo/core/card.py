@@ -77,3 +77,23 @@ def card(name: str, **options) -> str:
     f"differs    {' '.join(parts.get('Differs', '').split())}",
   ]
   return "\n".join(lines)
+
+
+def table() -> str:
+  """The table of memories, in Markdown: what README shows."""
+  lines = [
+    "| memory | family | year | state | writes by | forms | evidence | paper |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for name in sorted(
+    registry.names(), key=lambda n: (registry.describe(n).family, n)
+  ):
+    entry = registry.describe(name)
+    state = sections(entry.cls).get("State", "")
+    state = " ".join(re.split(r"[;,] (?:starts? )?from |\. ", state)[0].split())
+    forms = ", ".join(entry.forms)
+    lines.append(
+      f"| `{name}` | {entry.family} | {entry.year} | {state} | {entry.write} "
+      f"| {forms} | {entry.evidence} | {entry.paper} |"
+    )
+  return "\n".join(lines)

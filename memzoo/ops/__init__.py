@@ -3,4 +3,9 @@
 from memzoo.ops.attention import attention as attention
 from memzoo.ops.batched import batched as batched
 from memzoo.ops.delta_rule import delta_rule as delta_rule
+from memzoo.ops.gradient_step import gradient_step as gradient_step
+from memzoo.ops.hopfield import hopfield as hopfield
 from memzoo.ops.linear_attention import linear_attention as linear_attention
+from memzoo.ops.linear_recurrence import linear_recurrence as linear_recurrence
+from memzoo.ops.product_key import product_key as product_key
+from memzoo.ops.selective_scan import selective_scan as selective_scan

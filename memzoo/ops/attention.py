@@ -101,13 +101,13 @@ def positions(
 
 
 def chunk_size_for(capacity: int, key_width: int) -> int:
-  """The C of `chunk_size=None`: about sqrt(S · 2 K), between 64 and 1024.
+  """The C of `chunk_size=None`: about sqrt(S · K) / 2, between 64 and 512.
 
-  The scores of a chunk take C · S numbers and the rings that the backward
-  keeps 2 K S · T / C: with T near S, this C balances the two.
+  The scores of a chunk take C · S numbers, and the rings that the backward
+  keeps 2 K S · T / C: where T is near S, a C of this order balances the two.
   """
-  size = math.sqrt(2 * capacity * key_width)
-  return max(64, min(1024, 1 << round(math.log2(max(size, 1)))))
+  size = math.sqrt(capacity * key_width) / 2
+  return max(64, min(512, 1 << round(math.log2(max(size, 1)))))
 
 
 def attention(

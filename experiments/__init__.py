@@ -1,0 +1,1 @@
+"""Experiments by flags: train, compare, bench."""

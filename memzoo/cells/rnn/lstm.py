@@ -1,0 +1,108 @@
+"""Long short-term memory."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memzoo.core import cell, initializers
+from memzoo.core.linear import dot
+from memzoo.core.registry import register
+from memzoo.ops import arguments
+
+
+class State(NamedTuple):
+  h: jax.Array  # [D] float32, the output
+  c: jax.Array  # [D] float32, the memory cells
+
+
+@register(
+  "lstm",
+  family="rnn",
+  year=1997,
+  paper="Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735",
+  write="gated add",
+  tiny=dict(d_model=6),
+)
+@dataclasses.dataclass(frozen=True)
+class LSTM(cell.Cell):
+  """Long short-term memory: cells that gates write, keep and show.
+
+    i_t = σ(W_i x_t + U_i h_{t−1} + b_i)        input gate
+    f_t = σ(W_f x_t + U_f h_{t−1} + b_f)        forget gate (Gers et al.)
+    g_t = tanh(W_g x_t + U_g h_{t−1} + b_g)     what is offered
+    o_t = σ(W_o x_t + U_o h_{t−1} + b_o)        output gate
+    c_t = f_t ⊙ c_{t−1} + i_t ⊙ g_t
+    h_t = o_t ⊙ tanh(c_t) ,  y_t = h_t
+
+  State: h [D] float32 and c [D] float32, both start at zero.
+  Params: w [D, 4D] (i, f, g, o), u [D, 4D], b [4D], whose part b_f starts at
+    1 and the rest at 0.
+  Forms: step O(D²) a token; scan hoists W x, the same order of work.
+  Differs: from 1997, the forget gate of Gers et al. 2000; tanh for the
+    paper's squashing functions 4σ(x) − 2 and 2σ(x) − 1; blocks of one cell;
+    exact gradients in time for its truncated ones; every gate sees h alone,
+    not the other gates. From 2000, the start of b_f at 1 (Jozefowicz et al.
+    2015) for values of the task. No peepholes, which came later.
+  Paper: Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", Neural
+    Computation 9(8), section 4 and appendix A.1; Gers, Schmidhuber and
+    Cummins 2000, "Learning to Forget: Continual Prediction with LSTM", Neural
+    Computation 12(10), section 3 (no arXiv ids).
+  """
+
+  d_model: int
+
+  implementations: ClassVar[tuple[str, ...]] = ("scan",)
+
+  def __post_init__(self):
+    arguments.check_positive(self, "d_model")
+
+  def init(self, key) -> dict[str, Any]:
+    d = self.d_model
+    key_w, key_u = jax.random.split(key)
+    zeros, ones = jnp.zeros((d,)), jnp.ones((d,))
+    return {
+      "w": initializers.glorot_uniform(key_w, (d, 4 * d)),
+      "u": jnp.concatenate(
+        [initializers.orthogonal(k, (d, d)) for k in jax.random.split(key_u, 4)],
+        axis=1,
+      ),
+      "b": jnp.concatenate([zeros, ones, zeros, zeros]),
+    }
+
+  def initial_state(self, params, key=None) -> State:
+    zeros = jnp.zeros((self.d_model,), jnp.float32)
+    return State(zeros, zeros)
+
+  def step(self, params, state, x):
+    state = _recur(params, state, _project(params, x))
+    return state, state.h.astype(x.dtype)
+
+  def parallel(self, params, state, xs, reset, mask, implementation):
+    inputs = Inputs(_project(params, xs), reset, mask)
+
+    def step(state, inputs):
+      state = _recur(params, state, inputs.gates)
+      return state, state.h
+
+    state, hs = arguments.scan_steps(step, state, inputs, None)
+    return state, hs.astype(xs.dtype)
+
+
+class Inputs(NamedTuple):
+  gates: jax.Array
+  reset: jax.Array | None
+  mask: jax.Array | None
+
+
+def _project(params, x):
+  gates = dot(x, params["w"]).astype(jnp.float32)
+  return gates + params["b"].astype(jnp.float32)
+
+
+def _recur(params, state, gates):
+  gates = gates + state.h @ params["u"].astype(jnp.float32)
+  i, f, g, o = jnp.split(gates, 4)
+  c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+  return State(jax.nn.sigmoid(o) * jnp.tanh(c), c)

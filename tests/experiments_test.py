@@ -1,0 +1,89 @@
+"""The programs of `experiments/`, as a user starts them."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((ROOT / "experiments").glob("*/*.flags"))
+NAMES = [f"{path.parent.name}/{path.name}" for path in FILES]
+
+
+def start(program, *arguments, ok=True):
+  """Runs a program from the checkout: its stdout, or its error."""
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
+    cwd=ROOT, capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+  assert (done.returncode == 0) == ok, done.stdout + done.stderr
+  return done.stdout if ok else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_flag_file_says_what_it_is(path):
+  """Its header has the command, the time, the device and the result."""
+  header = [line for line in path.read_text().splitlines() if line[:1] == "#"]
+  text = " ".join(line.strip("# ") for line in header)
+  relative = path.relative_to(ROOT)
+  assert f"--flagfile={relative}" in text, "no command"
+  for word in ("Expected", "cores", "Paper"):
+    assert word in text, f"the header has no {word!r}"
+  assert re.search(r"\d{4}-\d\d-\d\d", text), "no date"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_flag_file_runs(path, tmp_path):
+  out = start(
+    "train", f"--flagfile={path}", f"--workdir={tmp_path}", "--steps=2",
+    "--warmup=1", "--log_every=1", "--eval_every=0", "--batch_size=2",
+  )  # fmt: skip
+  result = json.loads(out.splitlines()[-1])
+  assert result["step"] == 2 and result["skipped"] == 0
+
+
+def test_compare_goes_on_where_it_stopped(tmp_path):
+  """A sweep, a table and a figure; the second start computes nothing."""
+  command = (
+    "compare", "--cells=gru,linear_attention", "--tasks=mqar_small",
+    "--learning_rates=1e-3,3e-3", "--steps=2", "--warmup=1", "--batch_size=2",
+    "--d_model=8", "--depth=1", "--task_options=num_test=4",
+    f"--workdir={tmp_path}",
+  )  # fmt: skip
+  first = start(*command)
+  assert first.count("==") == 6  # two rates and a report, for two memories
+  table = json.loads((tmp_path / "table.json").read_text())
+  assert {r["cell"] for r in table} == {"gru", "linear_attention"}
+  picture = (tmp_path / "compare.png").read_bytes()
+  assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
+  results = tmp_path / "results.jsonl"
+  lines = results.read_text().splitlines()
+  assert len(lines) == 6
+  # A line cut by a crash is dropped, and its run alone is done again.
+  results.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])
+  second = start(*command)
+  assert second.count("==") == 1
+  again = json.loads((tmp_path / "table.json").read_text())
+  keep = lambda rows: [(r["cell"], r["accuracy"], r["loss"]) for r in rows]
+  assert keep(again) == keep(table), "the same run gives the same numbers"
+
+
+@pytest.mark.parametrize(
+  "arguments,message",
+  [
+    (["train", "--cell=gruu"], "did you mean 'gru'"),
+    (["train", "--task=mqar_smal"], "mqar_small"),
+    (["train", "--stepz=3"], "Unknown command line flag 'stepz'"),
+    (["train", "--platform=tpu"], "no tpu"),
+    (["compare", "--cells=gru"], "workdir"),
+    (["bench", "--suite=gpu"], "gpu"),
+  ],
+)
+def test_wrong_flags(arguments, message):
+  out = start(*arguments, ok=False)
+  assert message in out
+  assert "Traceback" not in out
