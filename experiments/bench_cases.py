@@ -49,10 +49,11 @@ def groups(sizes: Sizes) -> Iterator[timing.Group]:
   yield from op_groups(sizes)
   yield from cell_groups(sizes)
   wide = sizes.heads * sizes.width
+  both = timing.DIRECTIONS[1:]
   yield cell_group(
-    "lru", sizes.batch, sizes.length, d_model=wide, d_state=wide
+    "lru", sizes.batch, sizes.length, both, d_model=wide, d_state=wide
   )
-  yield cell_group("mamba", 1, sizes.long, d_model=sizes.d_model)
+  yield cell_group("mamba", 1, sizes.long, both, d_model=sizes.d_model)
 
 
 def op_groups(sizes: Sizes) -> Iterator[timing.Group]:
@@ -68,8 +69,7 @@ def op_groups(sizes: Sizes) -> Iterator[timing.Group]:
   yield causal_group(sizes)
   yield gradient_step_group(sizes)
   yield conv_group(sizes)
-  yield hopfield_group(1, sizes)
-  yield hopfield_group(3, sizes)
+  yield hopfield_group(sizes)
   yield product_key_group(sizes)
 
 
@@ -277,8 +277,9 @@ def conv_group(sizes: Sizes) -> timing.Group:
   return _op_group("conv", f"D={width} W={taps}", sizes, build)
 
 
-def hopfield_group(steps: int, sizes: Sizes) -> timing.Group:
-  """Retrieval, held against softmax; it has one form."""
+def hopfield_group(sizes: Sizes) -> timing.Group:
+  """Three updates by each separation, held against softmax; the op has one
+  form."""
   separations = ("softmax", "softmax1", "sparsemax", "entmax15")
 
   def build():
@@ -288,15 +289,15 @@ def hopfield_group(steps: int, sizes: Sizes) -> timing.Group:
 
     def call(separation, patterns, query):
       return None, ops.hopfield(
-        patterns, query, beta=4.0, steps=steps, separation=separation
+        patterns, query, beta=4.0, steps=3, separation=separation
       )
 
     calls = {s: functools.partial(call, s) for s in separations}
     return timing.Forms(calls, (patterns, query), same=False)
 
   return _op_group(
-    f"hopfield, {steps} update{'s' if steps > 1 else ''}",
-    f"K={sizes.width} M={sizes.slots}", sizes, build, reference="softmax",
+    "hopfield, 3 updates", f"K={sizes.width} M={sizes.slots}", sizes, build,
+    reference="softmax",
   )  # fmt: skip
 
 
@@ -356,7 +357,9 @@ def cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
     )
 
 
-def cell_group(name: str, batch: int, length: int, **options) -> timing.Group:
+def cell_group(
+  name: str, batch: int, length: int, directions=timing.DIRECTIONS, **options
+) -> timing.Group:
   """A cell by every form, held against its step loop."""
   cell = memzoo.make(name, **options)
   rest = "".join(f" {k}={v}" for k, v in options.items() if k != "d_model")
@@ -371,7 +374,8 @@ def cell_group(name: str, batch: int, length: int, **options) -> timing.Group:
 
   return timing.Group(
     "cell", name, f"B={batch} T={length} D={cell.d_model}{rest}",
-    batch * length, build, ("step",), state=memzoo.state_size(cell),
+    batch * length, build, ("step",), directions,
+    state=memzoo.state_size(cell),
   )  # fmt: skip
 
 

@@ -33,7 +33,6 @@ def groups(sizes: Sizes) -> Iterator[timing.Group]:
   yield jla_mamba_group(sizes)
   wide = sizes.heads * sizes.width
   yield memax_group(sizes.batch, sizes.length, wide)
-  yield memax_group(sizes.batch, sizes.length, sizes.d_model)
   yield memax_group(sizes.cell_batch, sizes.long, sizes.d_model)
 
 

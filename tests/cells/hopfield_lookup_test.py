@@ -20,6 +20,10 @@ def softmax(z):
   return e / e.sum()
 
 
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def oracle(cell, params, xs):
   """Ramsauer et al. 2020 eq. 3 and 10, with layer norms and biases."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -59,16 +63,18 @@ def oracle(cell, params, xs):
 def test_paper_equation(options):
   cell = memzoo.make("hopfield_lookup", d_model=6, num_patterns=5, **options)
   params = jax.tree.map(
-    lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape),
-    cell.init(jax.random.key(0)),
+    lambda x: x + 0.5 * draw(x.size, *x.shape),
+    jax.jit(cell.init)(jax.random.key(0)),
   )
-  xs = jax.random.normal(jax.random.key(1), (7, 6))
+  xs = draw(1, 7, 6)
   want = oracle(cell, params, xs)
-  for form in ("step", "chunk"):
-    run = jax.jit(
-      lambda p, x, form=form: memzoo.scan(cell, p, None, x, implementation=form)
-    )
-    state, ys = run(params, xs)
+  run = jax.jit(
+    lambda p, x: [
+      memzoo.scan(cell, p, None, x, implementation=form)
+      for form in ("step", "chunk")
+    ]
+  )
+  for state, ys in run(params, xs):
     assert state == ()
     assert checks.relative(ys, want) < checks.FORWARD
 
@@ -76,7 +82,7 @@ def test_paper_equation(options):
 def test_initial_values():
   """Those of the authors' layer: deviation 0.02, no bias, unit norms."""
   cell = memzoo.make("hopfield_lookup", d_model=64, num_patterns=50)
-  params = cell.init(jax.random.key(0))
+  params = jax.jit(cell.init)(jax.random.key(0))
   for name in ("patterns", "q", "k", "v", "out"):
     w = params[name] if name == "patterns" else params[name]["w"]
     assert 0.018 < float(jnp.std(w)) < 0.022
@@ -91,8 +97,8 @@ def test_converged_queries_are_held():
     memzoo.make("hopfield_lookup", steps=n, tolerance=1e-3, **base)
     for n in (12, 20)
   )
-  params = jax.tree.map(lambda x: 20 * x, few.init(jax.random.key(2)))
-  xs = jax.random.normal(jax.random.key(3), (7, 6))
+  params = jax.tree.map(lambda x: 20 * x, jax.jit(few.init)(jax.random.key(2)))
+  xs = draw(3, 7, 6)
   run = lambda c: jax.jit(lambda p, x: memzoo.scan(c, p, None, x)[1])(params, xs)
   a, b = run(few), run(many)
   np.testing.assert_array_equal(a, b)
@@ -141,7 +147,7 @@ def test_signature_behaviour():
 
     return jnp.mean(jax.lax.map(one, jax.random.split(jax.random.key(2), 100)))
 
-  params = cell.init(jax.random.key(3))
+  params = jax.jit(cell.init)(jax.random.key(3))
   before, after = exact(params), exact(train(params))
   assert before < 0.05
   assert after > 0.97

@@ -4,6 +4,7 @@ import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import memzoo
@@ -84,8 +85,6 @@ def test_signature_behaviour():
   np.testing.assert_allclose(np.abs(x / x[0]), radius**t, rtol=1e-4)
   turned = np.exp(1j * (np.angle(x / x[0]) - phase * t))
   np.testing.assert_allclose(turned, 1, atol=1e-4)
-
-  import optax
 
   cell = memzoo.make("lru", d_model=1, d_state=1, r_min=0.6, r_max=0.8)
   us = jnp.zeros((24, 1)).at[0].set(1.0)

@@ -125,9 +125,9 @@ def test_signature_behaviour():
     np.testing.assert_array_equal(*ends)
     np.testing.assert_allclose(ends[0], 200 * jnp.outer(x[-1], b[-1]), rtol=1e-5)
 
-  cell = memzoo.make("mamba", d_model=9, d_state=8)
-  _, accuracy = checks.learn(cell, selective_copy, 400)
-  assert accuracy > 0.9, accuracy
+  cell = memzoo.make("mamba", d_model=9, d_state=4)
+  _, accuracy = checks.learn(cell, selective_copy, 250, rate=2e-2)
+  assert accuracy > 0.95, accuracy
 
 
 @pytest.mark.parametrize("form", ("scan", "chunk"))

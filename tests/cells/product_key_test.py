@@ -10,6 +10,10 @@ import pytest
 import memzoo
 
 
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def oracle(cell, params, xs):
   """Lample et al. 2019 eq. 1-3 over all n² keys; the query is a linear layer
   and a batch norm by given statistics (section 3.1)."""
@@ -35,11 +39,11 @@ def oracle(cell, params, xs):
 
 
 def warm(cell):
-  params = cell.init(jax.random.key(0))
+  params = jax.jit(cell.init)(jax.random.key(0))
   if cell.batch_norm:
     refresh = jax.jit(cell.refresh)
     for seed in range(5):
-      xs = 1 + jax.random.normal(jax.random.key(seed), (3, 9, 6))
+      xs = 1 + draw(seed, 3, 9, 6)
       params = refresh(params, xs)
     params["norm_scale"] *= 1.3
     params["norm_bias"] += 0.2
@@ -64,13 +68,15 @@ def gradient(cell):
 def test_paper_equation(options):
   cell = memzoo.make("product_key", d_model=6, **options)
   params = warm(cell)
-  xs = jax.random.normal(jax.random.key(1), (7, 6))
+  xs = draw(1, 7, 6)
   want = oracle(cell, params, xs)
-  for form in ("step", "chunk"):
-    run = jax.jit(
-      lambda p, x, form=form: memzoo.scan(cell, p, None, x, implementation=form)
-    )
-    state, ys = run(params, xs)
+  run = jax.jit(
+    lambda p, x: [
+      memzoo.scan(cell, p, None, x, implementation=form)
+      for form in ("step", "chunk")
+    ]
+  )
+  for state, ys in run(params, xs):
     assert state == ()
     assert checks.relative(ys, want) < checks.FORWARD
 
@@ -79,8 +85,8 @@ def test_refresh_is_the_running_statistics_of_batch_norm():
   """As torch's BatchNorm1d: a tenth of the batch's mean and unbiased
   variance, over batch and time."""
   cell = memzoo.tiny("product_key")
-  params = cell.init(jax.random.key(0))
-  xs = 2 + 3 * jax.random.normal(jax.random.key(1), (4, 5, 6))
+  params = jax.jit(cell.init)(jax.random.key(0))
+  xs = 2 + 3 * draw(1, 4, 5, 6)
   q = np.asarray(xs, np.float64).reshape(20, 6) @ np.asarray(params["query"])
   q = q + np.asarray(params["query_bias"])
   new = jax.jit(cell.refresh)(params, xs)
@@ -102,8 +108,8 @@ def test_gradient_reaches_the_values_that_are_read_alone():
   cell = memzoo.make(
     "product_key", d_model=6, num_keys=8, knn=3, key_dim=4, num_heads=2
   )
-  params = cell.init(jax.random.key(0))
-  xs = jax.random.normal(jax.random.key(1), (4, 6))
+  params = jax.jit(cell.init)(jax.random.key(0))
+  xs = draw(1, 4, 6)
   _, indices = jax.jit(cell.look_up)(params, xs)
   grads = gradient(cell)(params, xs)
   touched = set(np.flatnonzero(np.abs(grads["values"]).sum(1)))
@@ -113,7 +119,7 @@ def test_gradient_reaches_the_values_that_are_read_alone():
 
 def test_initial_values():
   cell = memzoo.make("product_key", d_model=64, num_keys=40, key_dim=32)
-  params = cell.init(jax.random.key(0))
+  params = jax.jit(cell.init)(jax.random.key(0))
   assert abs(float(jnp.std(params["values"])) - 64**-0.5) < 0.002
   for name, limit in (("keys", 16**-0.5), ("query", 64**-0.5)):
     top = float(jnp.abs(params[name]).max())
@@ -128,7 +134,7 @@ def test_signature_behaviour():
   cell = memzoo.make(
     "product_key", d_model=d, num_keys=12, knn=4, key_dim=8, num_heads=2
   )
-  xs = jax.random.normal(jax.random.key(0), (items, d))
+  xs = draw(0, items, d)
   targets = jax.random.rademacher(jax.random.key(1), (items, d), jnp.float32)
   optimizer = optax.adam(2e-2)
 
@@ -151,7 +157,7 @@ def test_signature_behaviour():
     params = jax.lax.scan(update, carry, length=600)[0][0]
     return outputs(params)
 
-  ys = np.asarray(train(cell.init(jax.random.key(2))))
+  ys = np.asarray(train(jax.jit(cell.init)(jax.random.key(2))))
   linear = np.linalg.lstsq(np.asarray(xs), np.asarray(targets), rcond=None)[0]
   signs = (np.sign(ys) == np.asarray(targets)).mean()
   floor = (np.sign(np.asarray(xs) @ linear) == np.asarray(targets)).mean()

@@ -73,13 +73,15 @@ def machine(cell, p, xs):
   return m, np.stack(ys)
 
 
-def perturbed(cell):
-  params = cell.init(jax.random.key(1))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  return tree.unflatten(
-    [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+def drawn(cell):
+  """Parameters of the right shapes, none at its starting value."""
+  r = np.random.default_rng(1)
+  draw = lambda path, x: jnp.asarray(
+    0.4 * r.normal(size=x.shape) + ("scale" in jax.tree_util.keystr(path)),
+    jnp.float32,
   )
+  shapes = jax.eval_shape(cell.init, jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.mark.parametrize("summary,num_layers", [("mlp", 2), ("query", 1)])
@@ -87,7 +89,7 @@ def test_paper_equation(summary, num_layers):
   cell = memzoo.tiny(
     "token_turing_machine", summary=summary, num_layers=num_layers
   )
-  params = jax.jit(perturbed, static_argnums=0)(cell)
+  params = drawn(cell)
   xs = np.random.default_rng(0).normal(size=(5, cell.d_model))
   run = lambda p, x: memzoo.scan(cell, p, None, x, implementation="scan")
   state, ys = jax.jit(run)(params, jnp.asarray(xs, jnp.float32))

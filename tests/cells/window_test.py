@@ -11,19 +11,22 @@ import memzoo
 FORMS = ("step", "scan", "chunk")
 
 
-def perturbed(cell, seed=0):
-  params = cell.init(jax.random.key(seed))
-  return jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(9), x.shape), params
-  )
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def run(cell, form=None):
-  """One jitted call, (params, xs) -> (state, ys), from a fresh state."""
+def perturbed(cell):
+  params = jax.jit(cell.init)(jax.random.key(0))
+  return jax.tree.map(lambda x: x + 0.1 * draw(9, *x.shape), params)
+
+
+def run(cell, forms=FORMS):
+  """One jitted call: (params, xs) -> {form: (state, ys)} from a fresh state."""
   return jax.jit(
-    lambda p, xs, reset=None: memzoo.scan(
-      cell, p, None, xs, reset=reset, implementation=form
-    )
+    lambda p, xs, reset=None: {
+      form: memzoo.scan(cell, p, None, xs, reset=reset, implementation=form)
+      for form in forms
+    }
   )
 
 
@@ -85,41 +88,38 @@ def oracle(cell, params, xs):
 def test_paper_equation(options):
   cell = memzoo.make("window", **options)
   params = perturbed(cell)
-  xs = jax.random.normal(jax.random.key(1), (17, cell.d_model))
+  xs = draw(1, 17, cell.d_model)
   want = oracle(cell, params, xs)
-  for form in ("step", "chunk"):
-    _, ys = run(cell, form)(params, xs)
+  for _, ys in run(cell)(params, xs).values():
     assert checks.relative(ys, want) < checks.FORWARD
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_signature_behaviour(form):
+def test_signature_behaviour():
   """It forgets at exactly W, and the sinks stay."""
   cell = memzoo.make(
     "window", d_model=6, num_heads=1, capacity=7, sinks=2
   )
   window, length, params = 5, 16, perturbed(cell)
-  xs = jax.random.normal(jax.random.key(2), (length, 6))
+  xs = draw(2, length, 6)
   batch = np.stack([xs] * (length + 1))
   batch[np.arange(length) + 1, np.arange(length)] += 1.0
-  _, ys = jax.vmap(run(cell, form), (None, 0))(params, batch)
-  plain, *others = np.asarray(ys)
-  for t, other in enumerate(others):
-    changed = np.abs(other - plain).max(axis=1) > 0
-    last = length if t < 2 else min(t + window, length)
-    want = np.zeros(length, bool)
-    want[t:last] = True  # W − 1 steps later it is still seen, W later not
-    np.testing.assert_array_equal(changed, want)
+  for _, ys in jax.jit(jax.vmap(run(cell), (None, 0)))(params, batch).values():
+    plain, *others = np.asarray(ys)
+    for t, other in enumerate(others):
+      changed = np.abs(other - plain).max(axis=1) > 0
+      last = length if t < 2 else min(t + window, length)
+      want = np.zeros(length, bool)
+      want[t:last] = True  # W − 1 steps later it is still seen, W later not
+      np.testing.assert_array_equal(changed, want)
 
 
 def test_segments_start_at_position_zero_and_keep_their_own_sinks():
   cell = memzoo.make("window", d_model=6, capacity=5, sinks=1, conv_size=3)
   params = perturbed(cell)
-  xs = jax.random.normal(jax.random.key(3), (14, 6))
+  xs = draw(3, 14, 6)
   reset = np.zeros(14, bool)
   reset[6] = True
-  for form in FORMS:
-    _, ys = run(cell, form)(params, xs, reset=reset)
+  for _, ys in run(cell)(params, xs, reset=reset).values():
     assert checks.relative(ys[:6], oracle(cell, params, xs[:6])) < 1e-5
     assert checks.relative(ys[6:], oracle(cell, params, xs[6:])) < 1e-5
 
@@ -128,20 +128,21 @@ def test_relative_by_nature():
   """Without sinks the output depends on the window alone, wherever it is."""
   cell = memzoo.make("window", d_model=6, capacity=4)
   params = perturbed(cell)
-  xs = jax.random.normal(jax.random.key(4), (9, 6))
-  ahead = jax.random.normal(jax.random.key(5), (50, 6))
-  _, ys = run(cell)(params, xs)
-  _, late = run(cell)(params, jnp.concatenate([ahead, xs]))
+  xs = draw(4, 9, 6)
+  ahead = draw(5, 50, 6)
+  call = run(cell, ("chunk",))
+  _, ys = call(params, xs)["chunk"]
+  _, late = call(params, np.concatenate([ahead, xs]))["chunk"]
   assert checks.relative(late[-6:], ys[-6:]) < 1e-4
   assert checks.relative(late[-9:], ys[-9:]) > 1e-2
 
 
 def test_unbounded_attention_has_a_length():
   cell = memzoo.make("window", d_model=6, capacity=5, sliding=False)
-  params = cell.init(jax.random.key(0))
+  params = perturbed(cell)
   assert cell.max_length == 5
   assert memzoo.make("window", d_model=6, capacity=5).max_length is None
-  _, ys = run(cell)(params, jnp.ones((5, 6)))
+  _, ys = run(cell, ("chunk",))(params, np.ones((5, 6), np.float32))["chunk"]
   assert np.isfinite(ys).all()
   with pytest.raises(ValueError, match="got 6 inputs, holds at most 5"):
     memzoo.scan(cell, params, None, jnp.ones((6, 6)))
@@ -151,15 +152,16 @@ def test_ring_in_half_precision():
   cell = memzoo.make("window", d_model=6, capacity=5, sinks=1, dtype="bfloat16")
   exact = memzoo.make("window", d_model=6, capacity=5, sinks=1)
   params = perturbed(cell)
-  xs = jax.random.normal(jax.random.key(6), (12, 6))
-  state, want = run(cell, "step")(params, xs)
+  xs = draw(6, 12, 6)
+  got = run(cell)(params, xs)
+  state, want = got["step"]
   assert state.ring.k.dtype == state.ring.v.dtype == jnp.bfloat16
   assert memzoo.state_bytes(cell) < memzoo.state_bytes(exact)
   for form in ("scan", "chunk"):
-    state, ys = run(cell, form)(params, xs)
+    state, ys = got[form]
     assert state.ring.k.dtype == jnp.bfloat16 and ys.dtype == jnp.float32
     assert checks.relative(ys, want) < 1e-5
-  full = run(exact)(params, xs)[1]
+  full = run(exact, ("step",))(params, xs)["step"][1]
   assert 1e-5 < checks.relative(want, full) < 0.02
 
 

@@ -15,6 +15,7 @@ from memzoo.ops import attention as attention_op, batched
 from memzoo.ops.attention import empty, positions, read, write
 
 T, K, V, S, C = 37, 5, 3, 7, 16
+WRITE = jax.jit(functools.partial(write, sinks=2))
 SINKS = (0, 2)
 
 
@@ -52,35 +53,37 @@ def make(length=T, seed=0, reset=0.1, mask=0.8, scale=1.0):
 
 
 @functools.cache
-def compiled(form, sinks, size=C, fresh=False):
-  def loss(tensors, state, ring, reset, mask):
-    new, out = attention_op(
-      state, *tensors, sinks=sinks, reset=reset, mask=mask,
-      fresh=ring if fresh else None, implementation=form, chunk_size=size,
+def compiled(form, sinks, size=C, gradients=True):
+  """(tensors, state, fresh, flags) -> (state, outputs, gradients)."""
+
+  def forward(tensors, state, fresh, flags):
+    return attention_op(
+      state, *tensors, sinks=sinks, fresh=fresh, implementation=form,
+      chunk_size=size, **flags,
     )  # fmt: skip
+
+  def loss(tensors, kv, state, fresh, flags):
+    state = state._replace(k=kv[0], v=kv[1])
+    new, out = forward(tensors, state, fresh, flags)
     safe = jnp.where(jnp.isfinite(out), out, 0.0)
     return checks.wave(safe, new.k, new.v), (new, out)
 
-  def run(tensors, state, ring, reset, mask):
-    grads, aux = jax.grad(loss, argnums=0, has_aux=True)(
-      tensors, state, ring, reset, mask
+  def run(tensors, state, fresh, flags):
+    if not gradients:
+      return *forward(tensors, state, fresh, flags), None
+    grads, aux = jax.grad(loss, (0, 1), has_aux=True)(
+      tensors, (state.k, state.v), state, fresh, flags
     )
-    state_grads = jax.grad(
-      lambda kv: loss(
-        tensors, state._replace(k=kv[0], v=kv[1]), ring, reset, mask
-      )[0]
-    )((state.k, state.v))
-    return *aux, (grads, state_grads)
+    return *aux, grads
 
   return jax.jit(run)
 
 
-def run(form, c, state=None, *, sinks=0, size=C, fresh=None):
+def run(form, c, state=None, *, sinks=0, size=C, fresh=None, gradients=True):
   state = empty(S, K, V) if state is None else state
-  ring = state if fresh is None else fresh
-  tensors = tuple(jnp.asarray(c[n]) for n in "qkv")
-  fn = compiled(form, sinks, size, fresh is not None)
-  return fn(tensors, state, ring, jnp.asarray(c["reset"]), jnp.asarray(c["mask"]))
+  tensors = tuple(c[n] for n in "qkv")
+  flags = dict(reset=c["reset"], mask=c["mask"])
+  return compiled(form, sinks, size, gradients)(tensors, state, fresh, flags)
 
 
 def held(past, sinks, count=None):
@@ -113,7 +116,7 @@ def test_paper_equation(form, sinks):
 
 @pytest.mark.parametrize("sinks", SINKS)
 def test_forms_agree(sinks):
-  warm = run("scan", make(11, seed=5, reset=0, mask=1), sinks=sinks)[0]
+  warm = run("scan", make(seed=5, reset=0), sinks=sinks)[0]
   cases = {
     "warm": make(seed=1),
     "plain": make(seed=2, reset=0, mask=1),
@@ -141,14 +144,14 @@ def test_forms_agree(sinks):
 def test_any_pattern_and_any_cut(seed, reset, mask, cut):
   c = make(seed=seed, reset=reset, mask=mask)
   past, want = oracle(c, 2)
-  state, out, _ = run("chunk", c, sinks=2, size=4)
+  state, out, _ = run("chunk", c, sinks=2, size=4, gradients=False)
   np.testing.assert_allclose(out, want, atol=2e-6)
   assert_holds(state, past, 2)
   # Two calls, one after the other: absent tokens stand for what is not there.
   first = {**c, "mask": c["mask"] & (np.arange(T) < cut)}
   second = {**c, "mask": c["mask"] & (np.arange(T) >= cut)}
-  middle, out1, _ = run("chunk", first, sinks=2, size=4)
-  end, out2, _ = run("chunk", second, middle, sinks=2, size=4)
+  middle, out1, _ = run("chunk", first, sinks=2, size=4, gradients=False)
+  end, out2, _ = run("chunk", second, middle, sinks=2, size=4, gradients=False)
   assert checks.relative(end, state) == 0
   np.testing.assert_allclose(out1 + out2, out, atol=2e-6)
 
@@ -167,25 +170,26 @@ def test_lengths(length):
 
 def test_causal_attention_up_to_the_capacity():
   c = make(seed=3, reset=0, mask=1)
-  q, k, v = (jnp.asarray(c[n]) for n in "qkv")
-  _, out = attention_op(empty(T, K, V), q, k, v, scale=0.3, chunk_size=C)
+  q, k, v = (c[n] for n in "qkv")
+  op = jax.jit(functools.partial(attention_op, scale=0.3, chunk_size=C))
+  _, out = op(empty(T, K, V), q, k, v)
   want = oracle(c, 0, scale=0.3, capacity=T)[1]
   assert checks.relative(out, want) < checks.FORWARD
-  plain = jax.nn.softmax(
-    jnp.where(np.tri(T, dtype=bool), 0.3 * q @ k.T, -jnp.inf), axis=1
-  )
-  assert checks.relative(out, plain @ v) < checks.FORWARD
+  weights = np.exp(0.3 * q @ k.T) * np.tri(T)
+  plain = weights / weights.sum(axis=1, keepdims=True) @ v
+  assert checks.relative(out, plain) < checks.FORWARD
 
 
 @pytest.mark.parametrize("form", ["scan", "chunk"])
 def test_fresh_ring(form):
   """After a reset the segment goes on from `fresh`, its positions too."""
-  prefix = make(3, seed=20, reset=0, mask=1)
-  ring = run("scan", prefix, sinks=2)[0]
+  prefix, ring = make(3, seed=20, reset=0, mask=1), empty(S, K, V)
+  for t in range(3):
+    ring = WRITE(ring, prefix["k"][t], prefix["v"][t])
   c = make(seed=21, reset=0, mask=0.9)
   c["reset"][[5, 20]] = True
   c["mask"][[5, 20]] = True
-  state, out, _ = run(form, c, empty(S, K, V), sinks=2, fresh=ring)
+  state, out, _ = run(form, c, sinks=2, fresh=ring, gradients=False)
   for start, stop in ((0, 5), (5, 20), (20, T)):
     part = {n: x[start:stop] for n, x in c.items()}
     part["reset"] = np.zeros(stop - start, bool)
@@ -239,50 +243,53 @@ def test_bfloat16():
   floor = checks.relative(oracle({**c, **rounded}, 2)[1], exact)
   flags = dict(reset=c["reset"], mask=c["mask"])
 
-  def jitted(form):
-    return jax.jit(
-      functools.partial(attention_op, sinks=2, implementation=form, chunk_size=C)
-    )
+  def both(tensors, dtype):
+    def call(*tensors):
+      return [
+        attention_op(
+          empty(S, K, V, dtype), *tensors, sinks=2, implementation=form,
+          chunk_size=C, **flags,
+        )
+        for form in ("scan", "chunk")
+      ]  # fmt: skip
+
+    return jax.jit(call)(*tensors)
 
   for dtype in (jnp.float32, jnp.bfloat16):
     outs = []
-    for form in ("scan", "chunk"):
-      state, out = jitted(form)(empty(S, K, V, dtype), *half.values(), **flags)
+    for state, out in both(half.values(), dtype):
       assert out.dtype == jnp.bfloat16 and state.k.dtype == dtype
-      assert checks.relative(out.astype(jnp.float32), exact) < 4 * floor
-      outs.append(out.astype(jnp.float32))
+      outs.append(np.asarray(out, np.float64))
+      assert checks.relative(outs[-1], exact) < 4 * floor
     assert checks.relative(outs[1], outs[0]) < floor
   # A ring of less precision than the tokens is read as it is kept.
-  outs = [
-    jitted(form)(empty(S, K, V, jnp.bfloat16), c["q"], c["k"], c["v"], **flags)[1]
-    for form in ("scan", "chunk")
-  ]
-  assert checks.relative(outs[1], outs[0]) < checks.FORWARD
+  (_, a), (_, b) = both([c[n] for n in "qkv"], jnp.bfloat16)
+  assert checks.relative(b, a) < checks.FORWARD
 
 
 def test_positions():
   c = make(seed=50, reset=0.2, mask=0.7)
-  got = positions(
-    jnp.int32(4), T, reset=jnp.asarray(c["reset"]), mask=jnp.asarray(c["mask"])
-  )
+  fn = jax.jit(positions, static_argnums=1)
+  got = fn(4, T, reset=c["reset"], mask=c["mask"])
   count, want = 4, []
   for t in range(T):
     if c["mask"][t]:
       count = 1 if c["reset"][t] else count + 1
     want.append(count - 1)
   np.testing.assert_array_equal(got, want)
-  np.testing.assert_array_equal(positions(jnp.int32(2), 3), [2, 3, 4])
+  np.testing.assert_array_equal(fn(2, 3), [2, 3, 4])
 
 
 def test_write_and_read_are_the_step():
   c = make(9, seed=60, reset=0, mask=1)
   state = empty(S, K, V)
-  np.testing.assert_array_equal(read(state, jnp.asarray(c["q"][0])), np.zeros(V))
+  look = jax.jit(read)
+  np.testing.assert_array_equal(look(state, c["q"][0]), np.zeros(V))
   for t in range(9):
-    state = write(state, jnp.asarray(c["k"][t]), jnp.asarray(c["v"][t]), sinks=2)
+    state = WRITE(state, c["k"][t], c["v"][t])
   past, want = oracle(c, 2)
   assert_holds(state, past, 2)
-  np.testing.assert_allclose(read(state, jnp.asarray(c["q"][8])), want[8], atol=1e-6)
+  np.testing.assert_allclose(look(state, c["q"][8]), want[8], atol=1e-6)
 
 
 def test_memory_and_loop_of_the_chunk_form():
@@ -308,16 +315,19 @@ def test_memory_and_loop_of_the_chunk_form():
 
 
 def test_vmap_over_heads_and_batch():
-  keys = jax.random.split(jax.random.key(0), 3)
-  q, k, v = (jax.random.normal(key, (2, T, 3, K)) for key in keys)
+  q, k, v = np.random.default_rng(0).normal(size=(3, 2, T, 3, K)).astype(np.float32)
   states = jax.tree.map(
     lambda x: jnp.broadcast_to(x, (2, 3, *x.shape)), empty(S, K, K)
   )
   op = functools.partial(attention_op, sinks=1, implementation="chunk", chunk_size=C)
   new, out = jax.jit(batched(op))(states, q, k, v)
-  one = jax.jit(op)(empty(S, K, K), q[1, :, 2], k[1, :, 2], v[1, :, 2])
-  np.testing.assert_allclose(out[1, :, 2], one[1], atol=1e-6)
-  assert checks.relative(jax.tree.map(lambda x: x[1, 2], new), one[0]) == 0
+  for b in range(2):
+    for h in range(3):
+      c = dict(q=q[b, :, h], k=k[b, :, h], v=v[b, :, h])
+      c.update(reset=np.zeros(T, bool), mask=np.ones(T, bool))
+      past, want = oracle(c, 1)
+      np.testing.assert_allclose(out[b, :, h], want, atol=2e-6)
+      assert_holds(jax.tree.map(lambda x, b=b, h=h: x[b, h], new), past, 1)
 
 
 @pytest.mark.parametrize(

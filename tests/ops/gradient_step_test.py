@@ -31,6 +31,7 @@ LEARNERS = {
   "plain": (5, False, False, False, 3),
   "online": (1, True, False, False, 3),
 }
+DIFFERENTIATED = ("ttt", "plain")  # compilation is what the grid costs
 CASES = (
   "plain", "inside a mini-batch", "masked", "all masked", "left padded",
   "no reset taken", "resets", "resets and masks", "reset at every token",
@@ -158,9 +159,11 @@ def call(c, form, learner, reset=True, mask=True):
 
 @functools.cache
 def battery(learner, form, reset, mask):
-  """(state, outputs, gradients) of all cases at once."""
+  """(state, outputs, gradients or None) of all cases at once."""
 
   def one(c):
+    if learner not in DIFFERENTIATED:
+      return *call(c, form, learner, reset, mask), None
     floats = {k: x for k, x in c.items() if checks.is_float(x)}
     rest = {k: x for k, x in c.items() if k not in floats}
 
@@ -206,25 +209,31 @@ def test_paper_equation(learner, form):
 
 @pytest.mark.parametrize(
   "learner,reset,mask",
-  [(name, True, True) for name in LEARNERS]
+  [(name, True, True) for name in DIFFERENTIATED]
   + [("ttt", False, True), ("plain", False, False)],
 )
 def test_dual_form_equals_primal(learner, reset, mask):
   """The chunk form in its three shapes: cut by resets, and mini-batches as
   chunks, with gaps closed or none."""
   got = run(learner, "chunk", reset, mask)
-  primal = run(learner, "scan", reset, mask)
+  primal = run(learner, "scan")
+  served = 0
   for i, case in enumerate(CASES):
-    if case == "infinity":
+    c = make(learner, case)
+    if not reset and np.any(c["reset"] & c["mask"]):
       continue
+    if case == "infinity" or (not mask and not c["mask"].all()):
+      continue
+    served += 1
     at = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
     assert checks.relative(at(got[:2]), at(primal[:2])) <= checks.FORWARD, case
     for name in got[2]:
       error = checks.relative(got[2][name][i], primal[2][name][i])
       assert error <= checks.GRADIENT, (case, name, error)
+  assert served >= 6
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", DIFFERENTIATED)
 @pytest.mark.parametrize("form", ["scan", "chunk"])
 def test_infinity_in_a_dead_segment(learner, form):
   """Values are held to the oracle by `test_paper_equation`; here it stays in
@@ -247,7 +256,7 @@ def both(learner, length):
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(data=st.data())
 def test_any_resets_gaps_and_phase(data):
-  length = data.draw(st.sampled_from([1, 3, 9]))
+  length = data.draw(st.sampled_from([1, 9]))
   c = make("ttt", "plain", length, seed=data.draw(st.integers(0, 99)))
   flags = st.lists(st.booleans(), min_size=length, max_size=length)
   c["reset"], c["mask"] = np.array(data.draw(flags)), np.array(data.draw(flags))
