@@ -26,7 +26,6 @@ import glob
 import hashlib
 import json
 import math
-import time
 
 from absl import app, flags
 from etils import epath
@@ -68,6 +67,17 @@ def run_flags(*sources, **own):
   if FLAGS.limit_steps:
     values.steps = min(values.steps, FLAGS.limit_steps)
     values.warmup = min(values.warmup, values.steps)
+  return values
+
+
+def cell_flags(*sources, cell, **own):
+  """`run_flags`, less the cell options of the other memories of the grid."""
+  values = run_flags(*sources, cell=cell, **own)
+  given = train.parse_options(values.cell_options)
+  mine = {
+    n: v for n, v in given.items() if n.rpartition(".")[0] in ("", cell)
+  }
+  values.cell_options = json.dumps(mine, sort_keys=True) if mine else ""
   return values
 
 
@@ -121,20 +131,12 @@ def execute(store, values, split: str, workdir, stop) -> dict:
   name = key(values)
   if name in store.rows:
     return store.rows[name]
-  began = time.perf_counter()
   task, model = train.build(values)
   label = f"{values.task} {','.join(values.cell)} lr {values.learning_rate:g}"
   print(f"== {label} seed {values.seed} ({split})", flush=True)
   folder = workdir / "runs" / name
-  result = training.fit(
-    train.settings(values),
-    model,
-    task,
-    workdir=folder,
-    about=train.about(values, model),
-    writers=[train.Progress(values.steps)],
-    stop=stop,
-  )
+  values.workdir = str(folder)
+  result = train.run(values, stop)
   if result["stopped"]:
     raise SystemExit(0)
   row = dict(
@@ -143,7 +145,7 @@ def execute(store, values, split: str, workdir, stop) -> dict:
     metrics=result["eval"], best=result["best"], train=result["train"],
     state_size=state_size(model), parameters=result["parameters"],
     tokens_per_second=result["tokens_per_second"], seconds=result["seconds"],
-    wall=time.perf_counter() - began, kind=task.kind, chance=task.chance,
+    chance=task.chance,
     curve=curve(folder, split), flags=identity(values),
   )  # fmt: skip
   store.add(row)
@@ -176,7 +178,7 @@ def plan(store, workdir, stop) -> list[dict]:
       base = dict(task=task, cell=cell)
       rate = best_rate(store, own, base, workdir, stop)
       for seed in FLAGS.seeds:
-        values = run_flags(own, **base, seed=seed, **rate)
+        values = cell_flags(own, **base, seed=seed, **rate)
         rows.append(execute(store, values, "test", workdir, stop))
   return rows
 
@@ -187,7 +189,7 @@ def best_rate(store, own, base, workdir, stop) -> dict:
     return {"learning_rate": r for r in FLAGS.learning_rates}
   scores = {}
   for rate in FLAGS.learning_rates:
-    values = run_flags(own, **base, learning_rate=rate, seed=FLAGS.seeds[0])
+    values = cell_flags(own, **base, learning_rate=rate, seed=FLAGS.seeds[0])
     options = train.parse_options(values.task_options)
     task = tasks.make(values.task, **options)
     if hasattr(task, "holdout"):
@@ -322,11 +324,14 @@ def main(argv):
       raise app.UsageError(
         f"unknown task {task!r}: " + dispatch.nearest(task, tasks.names())
       )
-  stop = train.stop_on_sigterm()
+  with train.one_line_errors():
+    compare(train.stop_on_sigterm())
+
+
+def compare(stop) -> None:
   workdir = training.open_workdir(FLAGS.workdir)
   store = Store(workdir / "results.jsonl")
-  rows = plan(store, workdir, stop)
-  table = summarise(rows)
+  table = summarise(plan(store, workdir, stop))
   (workdir / "table.json").write_text(json.dumps(table, indent=1) + "\n")
   (workdir / "table.md").write_text(markdown(table))
   draw(table, workdir / "compare.png")

@@ -88,8 +88,8 @@ def measure(
     direction, state, reference, and either error (what kept the form from
     being measured; with compile_s and temp_bytes where it compiled) or
     compile_s, temp_bytes, rounds, median_ms, min_ms, max_ms, ratio (how many
-    times as fast as the reference), tokens_per_s and difference (`relative` to
-    the reference's outputs and gradients).
+    times as fast as the reference), ratios (as every form), tokens_per_s and
+    difference (`relative` to the reference's outputs and gradients).
   """
   try:
     forms = group.build()
@@ -102,26 +102,16 @@ def measure(
   return rows
 
 
-def ratios(
-  times: Mapping[str, list[float]], candidates: tuple[str, ...]
-) -> tuple[str, dict[str, float]]:
-  """(reference, {form: how many times as fast as the reference}).
-
-  Args:
-    times: form -> seconds in each round, the same rounds for all.
-    candidates: of them, the one of smallest median is the reference; '' and no
-      ratios where none was measured.
-  """
+def fastest(times: Mapping[str, list[float]], candidates) -> str:
+  """Of the candidates that were measured, the one of smallest median; ''
+  where none was. `times` is form -> seconds in each round."""
   measured = [form for form in candidates if form in times]
-  if not measured:
-    return "", {}
-  reference = min(measured, key=lambda form: statistics.median(times[form]))
-  return reference, {
-    form: statistics.median(
-      theirs / own for theirs, own in zip(times[reference], times[form])
-    )
-    for form in times
-  }
+  return min(measured, key=lambda f: statistics.median(times[f]), default="")
+
+
+def ratio(own: list[float], others: list[float]) -> float:
+  """How many times as fast `own` is: the median of ratios within a round."""
+  return statistics.median(b / a for a, b in zip(own, others, strict=True))
 
 
 def compile_call(call, inputs, direction: str):
@@ -189,7 +179,7 @@ def _measure(group, forms, direction, seconds, memory_limit, clock):
       times[form].append(clock() - start)
     order.reverse()
 
-  reference, faster = ratios(times, group.reference)
+  reference = fastest(times, group.reference)
   rows = []
   for form in forms.calls:
     default = form == forms.default
@@ -206,7 +196,8 @@ def _measure(group, forms, direction, seconds, memory_limit, clock):
         median_ms=1e3 * median,
         min_ms=1e3 * min(times[form]),
         max_ms=1e3 * max(times[form]),
-        ratio=faster.get(form),
+        ratio=ratio(times[form], times[reference]) if reference else None,
+        ratios={f: ratio(times[form], t) for f, t in times.items()},
         tokens_per_s=group.tokens / median,
         difference=relative(first[form], first.get(reference))
         if forms.same

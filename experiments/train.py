@@ -9,6 +9,7 @@ which the run can be repeated: `--flagfile=runs/a/run.flags --workdir=runs/b`.
 """
 
 import ast
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -302,19 +303,28 @@ def stop_on_sigterm():
   return lambda: bool(terminated)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+@contextlib.contextmanager
+def one_line_errors():
+  """Ends the program with one line where the user's input is at fault."""
   if FLAGS.verbosity == 0:  # the default, of which Orbax makes much use
     logging.set_verbosity(logging.WARNING)
   try:
-    result = run(FLAGS, stop_on_sigterm())
-  except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    yield
+  except (
+    ValueError, TypeError, OSError, ImportError, RuntimeError, flags.Error,
+  ) as error:  # fmt: skip
     if logging.vlog_is_on(1):
       raise
     # Less the note on tracebacks that JAX appends.
     message = str(error).split("\n" + "-" * 20)[0]
     sys.exit(f"error: {message} (--v=1 shows where)")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  with one_line_errors():
+    result = run(FLAGS, stop_on_sigterm())
   if jax.process_index() == 0:
     print(json.dumps(result))
 

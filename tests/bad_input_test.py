@@ -21,7 +21,7 @@ def scan(xs=XS, **kwargs):
 
 
 def lm(*cells, **kwargs):
-  kwargs = {"vocab_size": 7, **kwargs}
+  kwargs = {"vocab_size": 7, "depth": None, **kwargs}
   return models.LanguageModel(
     list(cells or (CELL,)), rngs=nnx.Rngs(0), **kwargs
   )
@@ -66,7 +66,7 @@ TABLE = {
   "unknown task": (lambda: tasks.make("mqar_smal"), ValueError, "mqar_small"),
   "unknown task option": (lambda: tasks.make("mqar_small", lenght=3), ValueError, "length"),
   "text file that is missing": (lambda: tasks.make("text", path="/nonexistent/book.txt"), (ValueError, OSError), "book.txt"),
-  "empty stack": (lambda: models.LanguageModel([], vocab_size=3, rngs=nnx.Rngs(0)), ValueError, "got no cell"),
+  "empty stack": (lambda: models.LanguageModel([], None, 3, rngs=nnx.Rngs(0)), ValueError, "got no cell"),
   "stack of two widths": (lambda: lm(CELL, memzoo.make("gru", d_model=8)), ValueError, "one d_model, got gru: 6, gru: 8"),
   "depth that is no multiple": (lambda: lm(CELL, memzoo.tiny("lstm"), depth=3), ValueError, "multiple of the 2"),
   "unknown block option": (lambda: lm(dropuot=0.1), TypeError, "dropuot"),

@@ -17,8 +17,8 @@ from memzoo import ops
 TINY = bench_cases.TINY
 SAID = {"kind", "what", "form", "default", "shape", "dtype", "direction", "state", "reference"}
 MEASURED = {
-  "compile_s", "temp_bytes", "rounds", "median_ms", "min_ms", "max_ms", "ratio", "tokens_per_s",
-  "difference",
+  "compile_s", "temp_bytes", "rounds", "median_ms", "min_ms", "max_ms", "ratio", "ratios",
+  "tokens_per_s", "difference",
 }  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def test_goals_name_rows_that_exist():
     ]  # fmt: skip
     assert len(found) == 1, goal
     assert of["direction"] in found[0].directions
+    assert goal.against in ("", *found[0].reference)
     # The row of any other size is not taken for it.
     assert of["shape"] not in " ".join(g.shape for g in bench_cases.groups(TINY))
 
@@ -93,6 +94,24 @@ def test_only_takes_a_part():
   ]  # fmt: skip
 
 
+def test_goals_are_read_from_their_rows():
+  row = {
+    "kind": "peer", "what": "lru", "form": "scan", "default": True, "shape": "B=2 T=2048 D=256",
+    "direction": "forward+backward", "ratio": 1.2, "temp_bytes": 24e6,
+    "ratios": {"memax, semigroup_scan": 3.0},
+  }  # fmt: skip
+  own, fastest = (
+    g for g in bench.GOALS["cpu"] if (g.row["kind"], g.row["what"]) == ("peer", "lru")
+  )
+  assert bench._goal(own, bench.find([row], own))[2:] == ("3.00×", "yes")
+  assert bench._goal(fastest, bench.find([row], fastest))[2:] == ("1.20×", "no")
+  assert bench.find([row | {"default": False}], own) is None
+  assert bench._goal(own, None)[2:] == ("not measured", "")
+  memory = bench.GOALS["cpu"][-1]
+  assert bench._goal(memory, row)[2:] == ("24.0 MB", "yes")
+  assert bench._goal(memory, row | {"temp_bytes": 25e6})[2:] == ("25.0 MB", "no")
+
+
 def test_goals_are_measured_longer(monkeypatch):
   seen = {}
   measure = lambda group, seconds, **_: seen.setdefault((group.kind, group.what), seconds) and []
@@ -103,12 +122,12 @@ def test_goals_are_measured_longer(monkeypatch):
 
 
 def test_times_are_taken_in_turn_and_ratios_within_a_round():
-  # The machine gets ten times slower: round 2 is no reason for another ratio.
   times = {"a": [1.0, 10.0, 1.0], "b": [0.5, 5.0, 0.5], "c": [4.0, 4.0, 4.0]}
-  reference, faster = timing.ratios(times, ("a", "c"))
-  assert reference == "a"  # the faster of the two, by median
-  assert faster == {"a": 1.0, "b": 2.0, "c": 0.25}
-  assert timing.ratios({"b": [1.0]}, ("a",)) == ("", {})
+  assert timing.fastest(times, ("a", "c", "absent")) == "a"  # by median
+  assert timing.fastest(times, ("absent",)) == ""
+  # Ten times slower in round 2: no reason for another ratio.
+  assert timing.ratio(times["b"], times["a"]) == 2.0
+  assert timing.ratio(times["c"], times["a"]) == 0.25
 
   ticks = iter(range(10**6))
   calls = {"slow": lambda x: (None, x), "fast": lambda x: (None, x)}

@@ -42,7 +42,16 @@ def pytest_configure(config):
   config.addinivalue_line("markers", "parity: needs the [parity] extra")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+  # One worker per file, since its tests share compilations; the conformance
+  # suite is spread over the workers by cell.
+  for item in items:
+    group = item.path.stem
+    callspec = getattr(item, "callspec", None)
+    if group == "conformance_test" and callspec is not None:
+      group += "-" + callspec.params["name"]
+    item.add_marker(pytest.mark.xdist_group(group))
   if config.getoption("--slow"):
     return
   skip = pytest.mark.skip(reason="slow: run with --slow (make test-all)")

@@ -32,7 +32,8 @@ class Encoder(nnx.Module):
     d_input: width of inputs float [B, T, d_input].
     positions: rows of a learned table of absolute positions, added to the
       embedding; 0 for none. Position counts real inputs since the last reset.
-    dtype: of activations, 'float32' or 'bfloat16'; parameters are float32.
+    dtype: of activations, 'float32', 'bfloat16' or 'float16'; parameters and
+      logits are float32.
     unroll: repeats of the stack that are compiled together.
     rngs: its `params` stream draws the parameters.
     **options: of `BlockOptions`.

@@ -235,9 +235,7 @@ def _prepare(inputs: Inputs, constants, reverse: bool = False) -> Local:
       cut &= inputs.mask[:, None]
     decay = jnp.where(cut, 0, decay)
   return Local(
-    *jax.lax.associative_scan(
-      _compose, (decay, inputs.x, cut), reverse=reverse
-    )
+    *jax.lax.associative_scan(_compose, (decay, inputs.x, cut), reverse=reverse)
   )
 
 

@@ -28,9 +28,7 @@ def paper(cell, params, us):
   for u in np.asarray(us, np.float64):
     xz = u @ p["in"]
     seen = [*seen, xz[:channels]]
-    x = p["conv_bias"] + sum(
-      k * s for k, s in zip(p["conv"], seen[-width:])
-    )
+    x = p["conv_bias"] + sum(k * s for k, s in zip(p["conv"], seen[-width:]))
     x, z = silu(x), xz[channels:]
     chosen = x @ p["select"]
     b, c = chosen[r : r + n], chosen[r + n :]
@@ -52,14 +50,14 @@ def test_paper_equation(options):
   params["a_log"] += 0.2 * jax.random.normal(jax.random.key(2), (9, 5))
   us = jax.random.normal(jax.random.key(1), (9, cell.d_model))
   want, ys_want = paper(cell, params, us)
-  for form in ("step", "scan", "chunk"):
-    state, ys = memzoo.scan(cell, params, None, us, implementation=form)
+  run = lambda form: memzoo.scan(cell, params, None, us, implementation=form)
+  forms = ("step", "scan", "chunk")
+  for form, (state, ys) in zip(forms, jax.jit(lambda: list(map(run, forms)))()):
     got = (state.h, state.conv), ys
     assert checks.relative(got, (want, ys_want)) < checks.FORWARD, form
 
 
-@pytest.mark.parametrize("form", ("scan", "chunk"))
-def test_more_than_one_block(form):
+def test_more_than_one_block():
   """T = 131 is three blocks, of which the last is padded."""
   cell = memzoo.tiny("mamba")
   params = cell.init(jax.random.key(0))
@@ -72,11 +70,11 @@ def test_more_than_one_block(form):
     )
     return checks.wave(state.h, state.conv, ys), (state, ys)
 
-  both = [
-    jax.jit(jax.grad(functools.partial(run, f), has_aux=True))(params)
-    for f in ("step", form)
-  ]
-  (want_grads, want), (grads, got) = both
+  grad = lambda form: jax.grad(functools.partial(run, form), has_aux=True)
+  forms = ("step", "scan")
+  (want_grads, want), (grads, got) = jax.jit(
+    lambda p: [grad(form)(p) for form in forms]
+  )(params)
   assert checks.relative(got, want) < checks.FORWARD
   assert checks.relative(grads, want_grads) < checks.GRADIENT
 
@@ -118,12 +116,14 @@ def test_signature_behaviour():
   f = lambda *s: jnp.asarray(r.normal(size=s), jnp.float32)
   h, x, b, c, a = f(3, 5), f(4, 3), f(4, 5), f(4, 5), -jnp.ones((3, 5))
   for form in ("scan", "chunk"):
-    run = functools.partial(ops.selective_scan, implementation=form)
+    run = jax.jit(functools.partial(ops.selective_scan, implementation=form))
     ignored, _ = run(h, x, jnp.zeros((4, 3)), a, b, c)
     np.testing.assert_array_equal(ignored, h)
     ends = [run(s, x, jnp.full((4, 3), 200.0), a, b, c)[0] for s in (h, 0 * h)]
     np.testing.assert_array_equal(*ends)
-    np.testing.assert_allclose(ends[0], 200 * jnp.outer(x[-1], b[-1]), rtol=1e-5)
+    np.testing.assert_allclose(
+      ends[0], 200 * jnp.outer(x[-1], b[-1]), rtol=1e-5
+    )
 
   cell = memzoo.make("mamba", d_model=9, d_state=4)
   _, accuracy = checks.learn(cell, selective_copy, 250, rate=2e-2)

@@ -34,7 +34,7 @@ LEARNERS = {
 DIFFERENTIATED = ("ttt", "plain")  # compilation is what the grid costs
 CASES = (
   "plain", "inside a mini-batch", "masked", "all masked", "left padded",
-  "no reset taken", "resets", "resets and masks", "reset at every token",
+  "reset where masked", "resets", "resets and masks", "reset at every token",
   "identical keys", "correlated keys", "rates 0", "large rates", "infinity",
 )  # fmt: skip
 
@@ -115,6 +115,9 @@ def make(learner, case, length=T, seed=0):
   if case == "all masked":
     c["mask"][:] = False
     c["reset"][3] = True
+  if case == "reset where masked":
+    c["mask"][[5, 6]] = False
+    c["reset"][5] = True
   if case == "left padded":
     c["mask"][:7] = False
     c["reset"][[2, 7]] = True

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from memzoo.core.store import write_all
-from memzoo.ops import hopfield, separation as separations
+from memzoo.ops import hopfield
+from memzoo.ops import separation as separations
 from memzoo.ops.hopfield import HopfieldStore, energy
 
 NAMES = ("softmax", "softmax1", "sparsemax", "entmax15")

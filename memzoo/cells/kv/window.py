@@ -12,12 +12,15 @@ from memzoo.core.registry import register
 from memzoo.ops import arguments
 from memzoo.ops.attention import (
   State as Ring,
+)
+from memzoo.ops.attention import (
   attention,
   empty,
   positions,
   step,
 )
-from memzoo.ops.conv import conv, step as conv_step
+from memzoo.ops.conv import conv
+from memzoo.ops.conv import step as conv_step
 from memzoo.ops.rotary import rotary
 
 # One position and one count serve all heads.

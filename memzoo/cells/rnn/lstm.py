@@ -60,13 +60,12 @@ class LSTM(cell.Cell):
 
   def init(self, key) -> dict[str, Any]:
     d = self.d_model
-    key_w, key_u = jax.random.split(key)
+    key_w, *keys = jax.random.split(key, 5)
     zeros, ones = jnp.zeros((d,)), jnp.ones((d,))
     return {
       "w": initializers.glorot_uniform(key_w, (d, 4 * d)),
       "u": jnp.concatenate(
-        [initializers.orthogonal(k, (d, d)) for k in jax.random.split(key_u, 4)],
-        axis=1,
+        [initializers.orthogonal(k, (d, d)) for k in keys], axis=1
       ),
       "b": jnp.concatenate([zeros, ones, zeros, zeros]),
     }
