@@ -285,8 +285,7 @@ def report(result: dict[str, Any]) -> str:
     "times as fast as the group's reference (marked =), the median of ratios "
     "taken within one round. A star marks the form that memzoo takes by "
     "itself. MB is temporary memory, the compiler's figure; what is passed in "
-    "and out is not in it."
-    + _agreement(rows),
+    "and out is not in it." + _agreement(rows),
   ]
   goals = [(g, find(rows, g)) for g in GOALS[result["suite"]]]
   if goals:

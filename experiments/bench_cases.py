@@ -267,9 +267,9 @@ def conv_group(sizes: Sizes) -> timing.Group:
     state = jnp.tile(conv_empty(kernel), (sizes.batch, 1, 1))
 
     def call(form, state, x, kernel):
-      return jax.vmap(
-        lambda s, x: conv(s, x, kernel, implementation=form)
-      )(state, x)
+      return jax.vmap(lambda s, x: conv(s, x, kernel, implementation=form))(
+        state, x
+      )
 
     inputs = state, draw.normal(sizes.batch, sizes.length, width), kernel
     return _forms(call, ("scan", "chunk"), inputs)
@@ -405,4 +405,3 @@ class Draw:
 
   def uniform(self, low: float, high: float, *shape) -> jax.Array:
     return jnp.asarray(self._rng.uniform(low, high, shape).astype(np.float32))
-

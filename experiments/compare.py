@@ -74,9 +74,7 @@ def cell_flags(*sources, cell, **own):
   """`run_flags`, less the cell options of the other memories of the grid."""
   values = run_flags(*sources, cell=cell, **own)
   given = train.parse_options(values.cell_options)
-  mine = {
-    n: v for n, v in given.items() if n.rpartition(".")[0] in ("", cell)
-  }
+  mine = {n: v for n, v in given.items() if n.rpartition(".")[0] in ("", cell)}
   values.cell_options = json.dumps(mine, sort_keys=True) if mine else ""
   return values
 
@@ -185,8 +183,10 @@ def plan(store, workdir, stop) -> list[dict]:
 
 def best_rate(store, own, base, workdir, stop) -> dict:
   """{'learning_rate': …} with the best validation metric of the sweep."""
-  if len(FLAGS.learning_rates) < 2:
-    return {"learning_rate": r for r in FLAGS.learning_rates}
+  if not FLAGS.learning_rates:
+    return {}
+  if len(FLAGS.learning_rates) == 1:
+    return {"learning_rate": FLAGS.learning_rates[0]}
   scores = {}
   for rate in FLAGS.learning_rates:
     values = cell_flags(own, **base, learning_rate=rate, seed=FLAGS.seeds[0])
@@ -227,20 +227,27 @@ def summarise(rows) -> list[dict]:
     scores = [100 * r["metrics"].get("accuracy", math.nan) for r in group]
     table.append(
       dict(
-        task=task, cell=cell, seeds=len(group), accuracy=float(np.mean(scores)),
+        task=task,
+        cell=cell,
+        seeds=len(group),
+        accuracy=float(np.mean(scores)),
         spread=float(np.std(scores)),
         loss=float(np.mean([r["metrics"]["loss"] for r in group])),
-        state_size=group[0]["state_size"], parameters=group[0]["parameters"],
+        state_size=group[0]["state_size"],
+        parameters=group[0]["parameters"],
         tokens_per_second=float(
           np.median([r["tokens_per_second"] for r in group])
         ),
         seconds=float(np.mean([r["seconds"] for r in group])),
-        steps=group[0]["steps"], learning_rate=group[0]["learning_rate"],
+        steps=group[0]["steps"],
+        learning_rate=group[0]["learning_rate"],
         chance=100 * group[0]["chance"],
         curves=[r["curve"] for r in group],
       )  # fmt: skip
     )
-  order = {task: n for n, task in enumerate(dict.fromkeys(r["task"] for r in rows))}
+  order = {
+    task: n for n, task in enumerate(dict.fromkeys(r["task"] for r in rows))
+  }
   return sorted(table, key=lambda r: (order[r["task"]], -r["accuracy"]))
 
 

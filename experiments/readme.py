@@ -1,6 +1,6 @@
 """Writes the generated parts of README.md: the table of memories.
 
-  python -m experiments.readme
+python -m experiments.readme
 """
 
 import pathlib

@@ -208,8 +208,12 @@ def _measure(group, forms, direction, seconds, memory_limit, clock):
 
 
 def row(
-  group: Group, form: str, direction: str, reference: str,
-  default: bool = False, **measured,
+  group: Group,
+  form: str,
+  direction: str,
+  reference: str,
+  default: bool = False,
+  **measured,
 ) -> dict[str, Any]:
   """What every row says, and what was `measured`."""
   return {
@@ -240,9 +244,7 @@ def relative(a, b) -> float | None:
     return None
   norm = lambda x: float(np.linalg.norm(x.astype(np.complex128)))
   floor = 1e-6 * max(map(norm, b))
-  distances = [
-    norm(x - y) / (max(norm(y), floor) or 1.0) for x, y in zip(a, b)
-  ]
+  distances = [norm(x - y) / (max(norm(y), floor) or 1.0) for x, y in zip(a, b)]
   return max(distances)
 
 

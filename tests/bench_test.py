@@ -15,7 +15,17 @@ import memzoo
 from memzoo import ops
 
 TINY = bench_cases.TINY
-SAID = {"kind", "what", "form", "default", "shape", "dtype", "direction", "state", "reference"}
+SAID = {
+  "kind",
+  "what",
+  "form",
+  "default",
+  "shape",
+  "dtype",
+  "direction",
+  "state",
+  "reference",
+}
 MEASURED = {
   "compile_s", "temp_bytes", "rounds", "median_ms", "min_ms", "max_ms", "ratio", "ratios",
   "tokens_per_s", "difference",
@@ -32,7 +42,9 @@ def test_every_op_and_cell_is_timed():
   cells = {g.what for g in everything if g.kind == "cell"}
   assert cells == set(memzoo.names())
   timed = {g.what.split(",")[0] for g in everything if g.kind == "op"}
-  assert timed == {n for n in vars(ops) if callable(getattr(ops, n))} - {"batched"} | {"conv"}
+  assert timed == {n for n in vars(ops) if callable(getattr(ops, n))} - {
+    "batched"
+  } | {"conv"}
   names = [(g.kind, g.what, g.shape) for g in everything]
   assert len(set(names)) == len(names)
 
@@ -50,12 +62,18 @@ def test_goals_name_rows_that_exist():
     assert of["direction"] in found[0].directions
     assert goal.against in ("", *found[0].reference)
     # The row of any other size is not taken for it.
-    assert of["shape"] not in " ".join(g.shape for g in bench_cases.groups(TINY))
+    assert of["shape"] not in " ".join(
+      g.shape for g in bench_cases.groups(TINY)
+    )
 
 
 def test_a_run_of_toy_sizes(tmp_path):
   groups = [
-    *(g for g in bench_cases.op_groups(TINY) if g.what in ("conv", "linear_attention, no decay")),
+    *(
+      g
+      for g in bench_cases.op_groups(TINY)
+      if g.what in ("conv", "linear_attention, no decay")
+    ),
     bench_cases.cell_group("gru", 2, 5, d_model=4),
   ]
   rows = bench.run(groups, seconds=0.0)
@@ -71,16 +89,31 @@ def test_a_run_of_toy_sizes(tmp_path):
     if row["form"] == row["reference"]:
       assert row["ratio"] == 1 and row["difference"] == 0
   defaults = {r["what"]: r["form"] for r in rows if r["default"]}
-  assert defaults == {"conv": "chunk", "linear_attention, no decay": "chunk", "gru": "scan"}
+  assert defaults == {
+    "conv": "chunk",
+    "linear_attention, no decay": "chunk",
+    "gru": "scan",
+  }
   state = {r["what"]: r["state"] for r in rows}
   assert state == {"conv": None, "linear_attention, no decay": None, "gru": 4}
 
-  result = {"suite": "cpu", **bench.machine(), "minutes": 0.1, "command": "toy", "rows": rows}
+  result = {
+    "suite": "cpu",
+    **bench.machine(),
+    "minutes": 0.1,
+    "command": "toy",
+    "rows": rows,
+  }
   bench.write(result, tmp_path / "new")
   assert json.loads((tmp_path / "new" / "cpu.json").read_text()) == result
   page = (tmp_path / "new" / "cpu.md").read_text()
   assert page.count("| conv |") == 4 and page.count("| gru |") == 4
-  for said in (result["device"], result["commit"], jax.__version__, result["date"]):
+  for said in (
+    result["device"],
+    result["commit"],
+    jax.__version__,
+    result["date"],
+  ):
     assert said in page
   lines = [line for line in page.splitlines() if line.startswith("|")]
   assert {line.count("|") for line in lines} == {5, 13, 14}  # goals, ops, cells
@@ -88,7 +121,9 @@ def test_a_run_of_toy_sizes(tmp_path):
 
 def test_only_takes_a_part():
   calls = {"slow": lambda x: (None, 2 * x)}
-  other = timing.Group("cell", "other", "", 1, lambda: pytest.fail("was built"), ())
+  other = timing.Group(
+    "cell", "other", "", 1, lambda: pytest.fail("was built"), ()
+  )
   assert [r["what"] for r in bench.run([group(calls), other], seconds=0.0, only="^op t")] == [
     "toy", "toy",
   ]  # fmt: skip
@@ -101,7 +136,9 @@ def test_goals_are_read_from_their_rows():
     "ratios": {"memax, semigroup_scan": 3.0},
   }  # fmt: skip
   own, fastest = (
-    g for g in bench.GOALS["cpu"] if (g.row["kind"], g.row["what"]) == ("peer", "lru")
+    g
+    for g in bench.GOALS["cpu"]
+    if (g.row["kind"], g.row["what"]) == ("peer", "lru")
   )
   assert bench._goal(own, bench.find([row], own))[2:] == ("3.00×", "yes")
   assert bench._goal(fastest, bench.find([row], fastest))[2:] == ("1.20×", "no")
@@ -109,12 +146,17 @@ def test_goals_are_read_from_their_rows():
   assert bench._goal(own, None)[2:] == ("not measured", "")
   memory = bench.GOALS["cpu"][-1]
   assert bench._goal(memory, row)[2:] == ("24.0 MB", "yes")
-  assert bench._goal(memory, row | {"temp_bytes": 25e6})[2:] == ("25.0 MB", "no")
+  assert bench._goal(memory, row | {"temp_bytes": 25e6})[2:] == (
+    "25.0 MB",
+    "no",
+  )
 
 
 def test_goals_are_measured_longer(monkeypatch):
   seen = {}
-  measure = lambda group, seconds, **_: seen.setdefault((group.kind, group.what), seconds) and []
+  measure = lambda group, seconds, **_: (
+    seen.setdefault((group.kind, group.what), seconds) and []
+  )
   monkeypatch.setattr(timing, "measure", measure)
   bench.run(bench_cases.op_groups(bench_cases.FULL), seconds=2.0)
   assert seen["op", "delta_rule, scalar decay"] == 8.0
@@ -131,7 +173,9 @@ def test_times_are_taken_in_turn_and_ratios_within_a_round():
 
   ticks = iter(range(10**6))
   calls = {"slow": lambda x: (None, x), "fast": lambda x: (None, x)}
-  rows = timing.measure(group(calls, directions=("forward",)), 40, clock=lambda: next(ticks))
+  rows = timing.measure(
+    group(calls, directions=("forward",)), 40, clock=lambda: next(ticks)
+  )
   assert {r["rounds"] for r in rows} == {8}  # of 5 ticks each
   assert {r["median_ms"] for r in rows} == {1000.0}
   assert {r["tokens_per_s"] for r in rows} == {4.0}
@@ -140,28 +184,48 @@ def test_times_are_taken_in_turn_and_ratios_within_a_round():
 def test_gradients_are_those_of_every_floating_input():
   def call(tree, index, z):
     square = jnp.square(jnp.abs(z))
-    return None, (tree["w"] * tree["w"] + index.astype(jnp.float32) * square, index)
+    return None, (
+      tree["w"] * tree["w"] + index.astype(jnp.float32) * square,
+      index,
+    )
 
-  w, z = jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([1 + 1j, 2j, 0.5], jnp.complex64)
+  w, z = (
+    jnp.asarray([1.0, 2.0, 3.0]),
+    jnp.asarray([1 + 1j, 2j, 0.5], jnp.complex64),
+  )
   index = jnp.arange(3)
-  run, compiled = timing.compile_call(call, ({"w": w}, index, z), "forward+backward")
+  run, compiled = timing.compile_call(
+    call, ({"w": w}, index, z), "forward+backward"
+  )
   outputs, (dw, dz) = run()
   assert len(outputs) == 1  # the indices have no cotangent
   cotangent = np.cos(0.7 * np.arange(3))
   np.testing.assert_allclose(dw, 2 * w * cotangent, rtol=1e-6)
-  np.testing.assert_allclose(np.abs(dz), np.abs(2 * np.arange(3) * np.asarray(z) * cotangent), rtol=1e-5)
+  np.testing.assert_allclose(
+    np.abs(dz), np.abs(2 * np.arange(3) * np.asarray(z) * cotangent), rtol=1e-5
+  )
   assert compiled.memory_analysis().temp_size_in_bytes >= 0
 
 
 def test_a_difference_between_forms_is_reported():
-  calls = {"slow": lambda x: (None, x), "fast": lambda x: (None, x * jnp.asarray([1.0, 1, 1, 2]))}
+  calls = {
+    "slow": lambda x: (None, x),
+    "fast": lambda x: (None, x * jnp.asarray([1.0, 1, 1, 2])),
+  }
   _, row, _, back = timing.measure(group(calls), 0.0)
   inputs = np.arange(4.0)
-  np.testing.assert_allclose(row["difference"], 3 / np.linalg.norm(inputs), rtol=1e-6)
+  np.testing.assert_allclose(
+    row["difference"], 3 / np.linalg.norm(inputs), rtol=1e-6
+  )
   assert back["difference"] > 0.1
   assert timing.relative([jnp.ones(2)], [jnp.ones(3)]) is None
   # A gradient that is zero but for rounding does not count.
-  assert timing.relative([jnp.ones(2), jnp.full(2, 1e-9)], [jnp.ones(2), jnp.zeros(2)]) < 1e-2
+  assert (
+    timing.relative(
+      [jnp.ones(2), jnp.full(2, 1e-9)], [jnp.ones(2), jnp.zeros(2)]
+    )
+    < 1e-2
+  )
 
 
 def test_what_cannot_run_says_why():
@@ -171,9 +235,17 @@ def test_what_cannot_run_says_why():
   calls = {"slow": lambda x: (None, x), "fast": refuse}
   good, bad = timing.measure(group(calls, directions=("forward",)), 0.0)
   assert good["ratio"] == 1
-  assert bad["error"] == "NotImplementedError: no such form" and "median_ms" not in bad
+  assert (
+    bad["error"] == "NotImplementedError: no such form"
+    and "median_ms" not in bad
+  )
 
-  big = {"slow": lambda x: (None, jnp.sin(jnp.outer(x, x)) @ jnp.cos(jnp.outer(x, x)))}
+  big = {
+    "slow": lambda x: (
+      None,
+      jnp.sin(jnp.outer(x, x)) @ jnp.cos(jnp.outer(x, x)),
+    )
+  }
   toy = group(big, length=64, directions=("forward",))
   (row,) = timing.measure(toy, 0.0, memory_limit=1000)
   assert row["error"].startswith("not run: needs") and row["temp_bytes"] > 1000
@@ -181,15 +253,22 @@ def test_what_cannot_run_says_why():
   def build():
     import a_package_that_is_absent  # noqa: F401
 
-  absent = timing.Group("peer", "x", "", 1, build, ("y",), ("forward+backward",))
+  absent = timing.Group(
+    "peer", "x", "", 1, build, ("y",), ("forward+backward",)
+  )
   (row,) = timing.measure(absent, 0.0)
-  assert row["error"] == "ModuleNotFoundError: No module named 'a_package_that_is_absent'"
+  assert (
+    row["error"]
+    == "ModuleNotFoundError: No module named 'a_package_that_is_absent'"
+  )
   page = bench.table(("",), [bench._cells(row, "peer")])
   assert "a_package_that_is_absent" in page[-1]
 
 
 def test_peers_run_in_another_interpreter():
-  options = dict(seconds=0.0, memory_limit=4e9, only="peer delta_rule, scalar", sizes="tiny")
+  options = dict(
+    seconds=0.0, memory_limit=4e9, only="peer delta_rule, scalar", sizes="tiny"
+  )
   (row,) = bench.run_peers(None, suite="cpu", **options)
   assert row["error"] == bench.NO_PEERS
   (row,) = bench.run_peers("no-such-python", suite="cpu", **options)
@@ -198,17 +277,25 @@ def test_peers_run_in_another_interpreter():
   if len(rows) == 1:
     assert rows[0]["error"] == "ModuleNotFoundError: No module named 'jla'"
   else:  # the peer is installed here
-    assert {r["reference"] for r in rows} == {"jax-linear-attention, chunks of 16"}
+    assert {r["reference"] for r in rows} == {
+      "jax-linear-attention, chunks of 16"
+    }
     assert max(r["difference"] for r in rows) < 1e-4
-  assert {(r["kind"], r["what"]) for r in rows} == {("peer", "delta_rule, scalar decay")}
+  assert {(r["kind"], r["what"]) for r in rows} == {
+    ("peer", "delta_rule, scalar decay")
+  }
   assert {r["jax"] for r in rows} == {jax.__version__}
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for what is here")
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="asks for what is here"
+)
 def test_a_device_that_is_absent_is_one_error():
   done = subprocess.run(
     [sys.executable, "-m", "experiments.bench", "--suite=tpu"], cwd=bench.ROOT, text=True,
     capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
   assert done.returncode == 1
-  assert done.stderr.splitlines() == ["bench: --suite=tpu needs a TPU; JAX runs on 'cpu' here"]
+  assert done.stderr.splitlines() == [
+    "bench: --suite=tpu needs a TPU; JAX runs on 'cpu' here"
+  ]

@@ -27,7 +27,9 @@ PLAIN, MIXED, LEFT, RIGHT, RESET, FRESH, PREFIX, HEAD, INFINITE = range(9)
 CASES = 9
 
 FORMS = [
-  (name, form) for name in memzoo.names() for form in memzoo.describe(name).forms
+  (name, form)
+  for name in memzoo.names()
+  for form in memzoo.describe(name).forms
 ]
 OTHERS = [(name, form) for name, form in FORMS if form != "step"]
 
@@ -93,19 +95,13 @@ class Subject:
     mask[HEAD, CUT:] = False
     weight[INFINITE, :64] = 0
     weight_state[INFINITE] = 0
-    batch = jax.tree.map(
-      lambda x: np.repeat(np.asarray(x)[None], CASES, 0), xs
-    )
+    batch = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], CASES, 0), xs)
     for x in jax.tree.leaves(batch):
       x[FRESH] = np.roll(x[FRESH], -SPLIT, axis=0)
       if np.issubdtype(x.dtype, np.floating):
         x[INFINITE, DEAD] = np.inf
-    state = jax.tree.map(
-      lambda s: jnp.repeat(s[None], CASES, 0), self.state
-    )
-    state = jax.tree.map(
-      lambda s, i: s.at[FRESH].set(i), state, self.initial
-    )
+    state = jax.tree.map(lambda s: jnp.repeat(s[None], CASES, 0), self.state)
+    state = jax.tree.map(lambda s, i: s.at[FRESH].set(i), state, self.initial)
     return dict(
       state=state, xs=batch, reset=reset, mask=mask, weight=weight,
       weight_state=weight_state,
@@ -162,9 +158,7 @@ class Subject:
     # A second call, from where case HEAD stopped, does the rest.
     tail = dict(case, mask=np.ones_like(case["mask"]))
     tail["mask"][:, :CUT] = False
-    resumed = jax.tree.map(
-      lambda s: jnp.repeat(s[HEAD][None], CASES, 0), state
-    )
+    resumed = jax.tree.map(lambda s: jnp.repeat(s[HEAD][None], CASES, 0), state)
     rest_state, rest_ys, _ = self.fn(resumed, self.cases["xs"], tail)
     out = dict(
       state=jax.device_get(state), ys=jax.device_get(ys), grads=by,
@@ -293,7 +287,9 @@ def test_gradients_are_alive(name, form, subject):
   for path, g in zip(paths, grads["params"], strict=True):
     if "buffers" not in path:
       assert np.abs(g[MIXED]).max() > 0, f"{path} gets no gradient"
-  assert np.abs(np.concatenate([g[PLAIN].ravel() for g in grads["xs"]])).max() > 0
+  assert (
+    np.abs(np.concatenate([g[PLAIN].ravel() for g in grads["xs"]])).max() > 0
+  )
 
 
 @pytest.mark.parametrize("name,form", FORMS)
@@ -387,7 +383,9 @@ def test_one_sequence_few_tokens_and_half_precision(name, form, subject):
   spec = jax.tree.map(lambda s: (s.shape, s.dtype), subject.state)
   for run in out.values():
     assert jax.tree.map(lambda s: (s.shape, s.dtype), run[0]) == spec
-  for y, s in zip(jax.tree.leaves(out["half"][1]), jax.tree.leaves(cell.y_spec)):
+  for y, s in zip(
+    jax.tree.leaves(out["half"][1]), jax.tree.leaves(cell.y_spec)
+  ):
     if jnp.issubdtype(s.dtype, jnp.floating):
       assert y.dtype == jnp.bfloat16, y.dtype
   unit = 2.0**-8

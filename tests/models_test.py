@@ -202,7 +202,9 @@ def test_linen_twin_initialises_and_refreshes():
 
 
 @pytest.mark.parametrize(
-  "cells", one_of_each_family(), ids=lambda cells: "-".join(c.name for c in cells)
+  "cells",
+  one_of_each_family(),
+  ids=lambda cells: "-".join(c.name for c in cells),
 )
 def test_decodes_as_it_trains_with_ragged_masks(cells):
   """T = 7 at once equals seven times T = 1: logits and memory."""
@@ -278,7 +280,9 @@ def test_pooling():
   reset = flags(["..x...", "......"])
   np.testing.assert_allclose(pooling.pool("mean", x, None, mask), [[2], [8.5]])
   np.testing.assert_allclose(pooling.pool("last", x, None, mask), [[3], [11]])
-  np.testing.assert_allclose(pooling.pool("mean", x, reset, mask), [[2.5], [8.5]])
+  np.testing.assert_allclose(
+    pooling.pool("mean", x, reset, mask), [[2.5], [8.5]]
+  )
   np.testing.assert_allclose(pooling.pool("mean", x), [[2.5], [8.5]])
 
 
@@ -466,13 +470,17 @@ def test_buffers_are_no_parameters_and_refresh_by_layer():
   mask = flags(["xxxx", "xx.."])
   graphdef, params, buffers = nnx.split(model, nnx.Param, ...)
   names = lambda tree: {
-    jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)
+    jax.tree_util.keystr(p)
+    for p, _ in jax.tree_util.tree_leaves_with_path(tree)
   }
   assert all("buffers" in name for name in names(nnx.to_pure_dict(buffers)))
   assert not any("buffers" in name for name in names(nnx.to_pure_dict(params)))
-  assert set(map(type, jax.tree.leaves(
-    buffers, is_leaf=lambda x: isinstance(x, nnx.Variable)
-  ))) == {models.Buffer}
+  assert set(
+    map(
+      type,
+      jax.tree.leaves(buffers, is_leaf=lambda x: isinstance(x, nnx.Variable)),
+    )
+  ) == {models.Buffer}
 
   @jax.jit
   def refreshed(params, buffers):
@@ -643,7 +651,10 @@ KEY = jax.random.key(0)
   "match, changes",
   [
     ("temperature must be a finite number.*-1", dict(temperature=-1)),
-    ("temperature must be a finite number.*nan", dict(temperature=float("nan"))),
+    (
+      "temperature must be a finite number.*nan",
+      dict(temperature=float("nan")),
+    ),
     ("temperature must be a finite number.*'hot'", dict(temperature="hot")),
     ("top_k must be an integer, 1 to 11, got 0", dict(top_k=0)),
     ("top_k must be an integer, 1 to 11, got 12", dict(top_k=12)),

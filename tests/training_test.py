@@ -50,7 +50,9 @@ class Tiny(nnx.Module):
 
   has_buffers = False
 
-  def __init__(self, key, inputs=VOCAB, outputs=VOCAB, dropout=0.0, pooled=False):
+  def __init__(
+    self, key, inputs=VOCAB, outputs=VOCAB, dropout=0.0, pooled=False
+  ):
     keys = jax.random.split(key, 3)
     draw = lambda k, *shape: nnx.Param(0.3 * jax.random.normal(k, shape))
     self.embed = draw(keys[0], inputs, WIDTH)
@@ -70,7 +72,9 @@ class Tiny(nnx.Module):
       "none": jnp.zeros((batch, 0)),
     }
 
-  def __call__(self, state, inputs, *, reset=None, mask=None, key=None, reports=False):
+  def __call__(
+    self, state, inputs, *, reset=None, mask=None, key=None, reports=False
+  ):
     if jnp.issubdtype(inputs.dtype, jnp.integer):
       xs = self.embed[...][inputs]
     else:
@@ -108,8 +112,12 @@ def drawn(seed, step, batch_size, split):
   key = jax.random.fold_in(key, ("train", "validation", "test").index(split))
   first, noise = jax.random.split(key)
   x = jax.random.randint(first, (batch_size,), 0, VOCAB)
-  slips = jax.random.bernoulli(noise, 0.1, (LENGTH, batch_size)).astype(jnp.int32)
-  _, rest = jax.lax.scan(lambda x, slip: ((3 * x + 1 + slip) % VOCAB,) * 2, x, slips)
+  slips = jax.random.bernoulli(noise, 0.1, (LENGTH, batch_size)).astype(
+    jnp.int32
+  )
+  _, rest = jax.lax.scan(
+    lambda x, slip: ((3 * x + 1 + slip) % VOCAB,) * 2, x, slips
+  )
   weights = 1 + jnp.arange(batch_size * LENGTH).reshape(batch_size, LENGTH) % 3
   return jnp.concatenate([x[:, None], rest.T], 1), weights.astype(jnp.float32)
 
@@ -151,7 +159,9 @@ def make(**options):
 def lines(workdir):
   """metrics.jsonl without the times."""
   found = []
-  for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+  for line in (
+    (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  ):
     line = json.loads(line)
     found.append({k: v for k, v in line.items() if "second" not in k})
   return found
@@ -167,7 +177,11 @@ def digest(model):
 
 def host(tree):
   """Leaves as NumPy arrays, keys as their bits."""
-  data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  data = lambda x: (
+    jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    else x
+  )
   return [np.asarray(data(x)) for x in jax.tree.leaves(tree)]
 
 
@@ -207,7 +221,9 @@ class Fixed:
     self.outputs, self.reports = outputs, reports or {}
 
   def __call__(self, state, inputs, *, reset, mask, key, reports=False):
-    return (state, self.outputs, self.reports) if reports else (state, self.outputs)
+    return (
+      (state, self.outputs, self.reports) if reports else (state, self.outputs)
+    )
 
 
 def test_token_loss_counts_by_weight_and_mask():
@@ -222,14 +238,20 @@ def test_token_loss_counts_by_weight_and_mask():
   # What does not count may hold anything.
   bad = np.where((counted > 0)[..., None], logits, np.inf).astype(np.float32)
   labels = np.where(counted > 0, targets, -100).astype(np.int32)
-  batch = Batch(targets, jnp.asarray(labels), jnp.asarray(weights), mask=jnp.asarray(mask))
+  batch = Batch(
+    targets, jnp.asarray(labels), jnp.asarray(weights), mask=jnp.asarray(mask)
+  )
 
   def loss(logits):
-    value, (state, metrics) = training.token_loss(Fixed(logits), batch, "s", None)
+    value, (state, metrics) = training.token_loss(
+      Fixed(logits), batch, "s", None
+    )
     assert state == "s"
     return value, metrics
 
-  (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+  (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(
+    jnp.asarray(logits)
+  )
   np.testing.assert_allclose(value, want[0], rtol=1e-6)
   np.testing.assert_allclose(metrics["accuracy"], want[1], rtol=1e-6)
   assert metrics["weight"] == counted.sum()
@@ -243,8 +265,12 @@ def test_classification_loss():
   targets = rng.integers(0, 5, 6).astype(np.int32)
   weights = np.array([1, 2, 0, 1, 0, 3], np.float32)
   mask = jnp.ones((6, 9), bool)
-  batch = Batch(jnp.zeros((6, 9, 1)), jnp.asarray(targets), jnp.asarray(weights), None, mask)
-  loss, (_, metrics) = training.classification_loss(Fixed(jnp.asarray(logits)), batch, (), None)
+  batch = Batch(
+    jnp.zeros((6, 9, 1)), jnp.asarray(targets), jnp.asarray(weights), None, mask
+  )
+  loss, (_, metrics) = training.classification_loss(
+    Fixed(jnp.asarray(logits)), batch, (), None
+  )
   want = reference_loss(logits, targets, weights)
   np.testing.assert_allclose(loss, want[0], rtol=1e-6)
   np.testing.assert_allclose(metrics["accuracy"], want[1], rtol=1e-6)
@@ -255,18 +281,27 @@ def test_regression_loss():
   outputs, targets = rng.normal(size=(2, 4, 3, 2)).astype(np.float32)
   weights = np.array([1, 0, 2, 1], np.float32)
   mask = rng.random((4, 3)) < 0.6
-  batch = Batch(None, jnp.asarray(targets), jnp.asarray(weights), None, jnp.asarray(mask))
-  loss, _ = training.regression_loss(Fixed(jnp.asarray(outputs)), batch, (), None)
+  batch = Batch(
+    None, jnp.asarray(targets), jnp.asarray(weights), None, jnp.asarray(mask)
+  )
+  loss, _ = training.regression_loss(
+    Fixed(jnp.asarray(outputs)), batch, (), None
+  )
   counted = (weights[:, None] * mask)[..., None] * np.ones(2)
   want = (counted * (outputs - targets) ** 2).sum() / counted.sum()
   np.testing.assert_allclose(loss, want, rtol=1e-6)
-  with pytest.raises(ValueError, match=r"outputs \(4, 3\) and the targets \(4, 3, 2\)"):
+  with pytest.raises(
+    ValueError, match=r"outputs \(4, 3\) and the targets \(4, 3, 2\)"
+  ):
     training.regression_loss(Fixed(jnp.zeros((4, 3))), batch, (), None)
 
 
 def test_reports_are_weighed_by_name():
   batch = Batch(None, jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3)))
-  model = Fixed(jnp.zeros((2, 3, 4)), {"balance": jnp.full((), 2.0), "surprise": jnp.ones(())})
+  model = Fixed(
+    jnp.zeros((2, 3, 4)),
+    {"balance": jnp.full((), 2.0), "surprise": jnp.ones(())},
+  )
   plain, _ = training.token_loss(model, batch, (), None)
   loss, (_, metrics) = training.token_loss(
     model, batch, (), None, report_weights={"balance": 0.5, "surprise": 0.0}
@@ -274,15 +309,21 @@ def test_reports_are_weighed_by_name():
   np.testing.assert_allclose(loss, plain + 1.0, rtol=1e-6)
   assert metrics["report/balance"] == 2 and metrics["report/surprise"] == 1
   np.testing.assert_allclose(metrics["loss"], plain, rtol=1e-6)
-  with pytest.raises(ValueError, match="no report 'ballance'; it has balance, surprise"):
-    training.token_loss(model, batch, (), None, report_weights={"ballance": 1.0})
+  with pytest.raises(
+    ValueError, match="no report 'ballance'; it has balance, surprise"
+  ):
+    training.token_loss(
+      model, batch, (), None, report_weights={"ballance": 1.0}
+    )
 
 
 # The optimiser
 
 
 def test_schedule():
-  rate = training.schedule(training.Config(steps=110, warmup=10, learning_rate=0.2))
+  rate = training.schedule(
+    training.Config(steps=110, warmup=10, learning_rate=0.2)
+  )
   np.testing.assert_allclose(rate(0), 0.02, rtol=1e-6)
   np.testing.assert_allclose(rate(9), 0.2, rtol=1e-6)
   np.testing.assert_allclose(rate(60), 0.1, rtol=1e-6)
@@ -290,7 +331,9 @@ def test_schedule():
   rates = [float(rate(i)) for i in range(111)]
   assert all(a < b for a, b in zip(rates[:9], rates[1:10]))
   assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-  assert float(training.schedule(training.Config(warmup=0))(0)) == np.float32(1e-3)
+  assert float(training.schedule(training.Config(warmup=0))(0)) == np.float32(
+    1e-3
+  )
 
 
 def test_clipping_and_decay_change_the_step_as_adamw_says():
@@ -307,7 +350,9 @@ def test_clipping_and_decay_change_the_step_as_adamw_says():
   for name, g in parallel.named_leaves(grads).items():
     g = np.asarray(g, np.float64) * 0.01 / norm
     p = np.asarray(state.params[name], np.float64)
-    want[name] = p - rate * g / (np.abs(g) + 1e-8) - rate * 0.3 * p * (p.ndim == 2)
+    want[name] = (
+      p - rate * g / (np.abs(g) + 1e-8) - rate * 0.3 * p * (p.ndim == 2)
+    )
   state = trainer.run(state, 1)
   for name, p in state.params.items():
     np.testing.assert_allclose(p, want[name], rtol=2e-4, atol=1e-7)
@@ -332,7 +377,9 @@ def test_host_tasks_train_as_device_tasks_do():
   drawn = training.Trainer(config, model, Tokens(on_host=False))
   read = training.Trainer(config, model, Tokens(on_host=True))
   assert drawn._on_device and not read._on_device
-  for a, b in zip(host(drawn.run(drawn.init(), 6)), host(read.run(read.init(), 6))):
+  for a, b in zip(
+    host(drawn.run(drawn.init(), 6)), host(read.run(read.init(), 6))
+  ):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
@@ -386,7 +433,9 @@ def test_accumulation_equals_the_big_batch(streams):
   results = []
   for parts in (1, 2, 4):
     config, _, _ = make(accumulate=parts, steps=5, report_weights={"size": 0.1})
-    trainer = training.Trainer(config, Tiny(jax.random.key(0)), Tokens(streams=streams))
+    trainer = training.Trainer(
+      config, Tiny(jax.random.key(0)), Tokens(streams=streams)
+    )
     state = trainer.run(trainer.init(), 5)
     metrics, state = trainer.summary(state)
     results.append((host(state), metrics))
@@ -413,7 +462,9 @@ def test_dropout_differs_by_step_and_by_part():
 
   for parts in (1, 2):
     config, _, task = make(accumulate=parts)
-    trainer = training.Trainer(config, Tiny(jax.random.key(0)), task, loss_fn=loss_fn)
+    trainer = training.Trainer(
+      config, Tiny(jax.random.key(0)), task, loss_fn=loss_fn
+    )
     state = trainer.init()
     for _ in range(3):
       metrics, state = trainer.summary(trainer.run(state, 1))
@@ -431,7 +482,9 @@ def test_buffers_are_refreshed_after_the_step_and_not_trained():
   config, _, task = make(steps=4)
   model = Buffered(jax.random.key(0))
   training.fit(config, model, task)
-  want = sum(int(jnp.sum(task.batch(1, s, 8, "train").inputs)) for s in range(4))
+  want = sum(
+    int(jnp.sum(task.batch(1, s, 8, "train").inputs)) for s in range(4)
+  )
   assert float(model.seen[...]) == want
 
 
@@ -444,7 +497,9 @@ def test_evaluation_averages_by_weight_and_carries_the_memory():
   for batch in task.eval_batches(8, "test"):
     memory, logits = model(memory, batch.inputs)
     weights = np.asarray(batch.weights)
-    loss, accuracy = reference_loss(np.asarray(logits), np.asarray(batch.targets), weights)
+    loss, accuracy = reference_loss(
+      np.asarray(logits), np.asarray(batch.targets), weights
+    )
     sums += weights.sum() * np.array([loss, accuracy, 1])
   np.testing.assert_allclose(got["loss"], sums[0] / sums[2], rtol=1e-5)
   np.testing.assert_allclose(got["accuracy"], sums[1] / sums[2], rtol=1e-5)
@@ -454,14 +509,20 @@ def test_evaluation_averages_by_weight_and_carries_the_memory():
 
 
 def test_fit_learns_and_reports(tmp_path):
-  config, model, task = make(steps=300, eval_every=50, log_every=50, learning_rate=3e-2)
+  config, model, task = make(
+    steps=300, eval_every=50, log_every=50, learning_rate=3e-2
+  )
   before = training.Trainer(config, model, task)
   start = before.evaluate(before.init(), "validation")
   result = training.fit(config, model, task, workdir=tmp_path, profile=True)
-  assert result["step"] == 300 and not result["stopped"] and not result["skipped"]
+  assert (
+    result["step"] == 300 and not result["stopped"] and not result["skipped"]
+  )
   assert start["accuracy"] < 0.4 < 0.8 < result["eval"]["accuracy"]
   assert result["steps_per_second"] > 0
-  np.testing.assert_allclose(result["tokens_per_second"], result["steps_per_second"] * 8 * LENGTH)
+  np.testing.assert_allclose(
+    result["tokens_per_second"], result["steps_per_second"] * 8 * LENGTH
+  )
   assert result["parameters"] == 2 * VOCAB * WIDTH + WIDTH**2 + VOCAB
   json.dumps(result)
   assert [line["step"] for line in lines(tmp_path)] == [
@@ -493,7 +554,9 @@ def test_the_best_checkpoint_outlives_the_latest(tmp_path):
   config, model, _ = make(steps=50, checkpoint_every=10, keep=1)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(training, "Trainer", Carried)
-    result = training.fit(config, model, Plain(), workdir=tmp_path, loss_fn=loss_fn)
+    result = training.fit(
+      config, model, Plain(), workdir=tmp_path, loss_fn=loss_fn
+    )
   assert result["best"] == {"step": 20, "loss": 1.0}
   assert sorted(os.listdir(tmp_path / "checkpoints")) == ["20", "50"]
   best, latest = Tiny(jax.random.key(1)), Tiny(jax.random.key(2))
@@ -508,7 +571,10 @@ def test_tensorboard_events(tmp_path):
   writer = training.TensorBoardWriter(tmp_path / "events")
   training.fit(config, model, task, writers=[writer])
   (event,) = (tmp_path / "events").iterdir()
-  assert b"train/loss" in event.read_bytes() and b"eval/accuracy" in event.read_bytes()
+  assert (
+    b"train/loss" in event.read_bytes()
+    and b"eval/accuracy" in event.read_bytes()
+  )
 
 
 # Kill and resume
@@ -516,13 +582,19 @@ def test_tensorboard_events(tmp_path):
 
 def run(workdir, *, devices=1, wait=True, distributed=None, **options):
   """This file as a process: `worker` below."""
-  flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+  flags = [
+    f
+    for f in os.environ.get("XLA_FLAGS", "").split()
+    if "device_count" not in f
+  ]
   flags.append(f"--xla_force_host_platform_device_count={devices}")
   environment = {
     **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags),
     "PYTHONPATH": str(ROOT),
   }  # fmt: skip
-  request = json.dumps(dict(workdir=str(workdir), distributed=distributed, **options))
+  request = json.dumps(
+    dict(workdir=str(workdir), distributed=distributed, **options)
+  )
   process = subprocess.Popen(
     [sys.executable, __file__, request],
     env=environment, cwd=ROOT, text=True,
@@ -570,9 +642,13 @@ def worker(workdir, distributed, config=None, mesh="", stop_at=None, delay=0.0):
   )  # fmt: skip
   params = checkpoint.variables(model)["params"]
   if jax.process_count() > 1:
-    gather = functools.partial(jax.device_put, device=parallel.replicated(parallel.make_mesh(mesh)))
+    gather = functools.partial(
+      jax.device_put, device=parallel.replicated(parallel.make_mesh(mesh))
+    )
     params = jax.tree.map(gather, params)
-  result["params"] = {n: np.asarray(p).tolist() for n, p in sorted(params.items())}
+  result["params"] = {
+    n: np.asarray(p).tolist() for n, p in sorted(params.items())
+  }
   print(json.dumps(result), flush=True)
 
 
@@ -592,7 +668,13 @@ def written(workdir):
 def numbers(result):
   """What must not depend on how a run was interrupted."""
   best = result["best"]
-  return result["params"], result["eval"], best, result["skipped"], result["step"]
+  return (
+    result["params"],
+    result["eval"],
+    best,
+    result["skipped"],
+    result["step"],
+  )
 
 
 @pytest.fixture(scope="module")
@@ -601,7 +683,9 @@ def uninterrupted(tmp_path_factory):
   return run(workdir), lines(workdir)
 
 
-def test_killed_at_any_moment_a_run_ends_with_the_same_numbers(tmp_path, uninterrupted):
+def test_killed_at_any_moment_a_run_ends_with_the_same_numbers(
+  tmp_path, uninterrupted
+):
   rng = random.Random(time.time_ns())
   moments = [rng.randrange(1, 11), rng.randrange(1, 5)]
   print(f"killed after {moments} lines")  # shown where the test fails
@@ -648,7 +732,9 @@ def test_a_half_written_checkpoint_is_survived(tmp_path):
 def test_resuming_drops_the_lines_that_come_again(tmp_path):
   path = tmp_path / "metrics.jsonl"
   rows = [{"step": s, "split": "train", "loss": 1.0} for s in (5, 10, 15)]
-  path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 16, "spl')
+  path.write_text(
+    "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 16, "spl'
+  )
   writer = training.JsonlWriter(path)
   writer.start(10)
   writer.write(11, "eval", {"loss": float("nan")})
@@ -663,7 +749,9 @@ def test_resuming_drops_the_lines_that_come_again(tmp_path):
 def interrupted(tmp_path):
   """A workdir with two checkpoints, of steps 10 and 20."""
   config, model, task = make(steps=20)
-  training.fit(config, model, task, workdir=tmp_path, about={"model": {"width": 8}})
+  training.fit(
+    config, model, task, workdir=tmp_path, about={"model": {"width": 8}}
+  )
   return config, task
 
 
@@ -673,7 +761,11 @@ def refused(tmp_path, match, about=None, model=None, **options):
   config, own, task = make(**{"steps": 20, **options})
   with pytest.raises(training.CheckpointError, match=match) as error:
     training.fit(
-      config, model or own, task, workdir=tmp_path, about=about or {"model": {"width": 8}}
+      config,
+      model or own,
+      task,
+      workdir=tmp_path,
+      about=about or {"model": {"width": 8}},
     )
   assert "\n" not in str(error.value)
   assert files(tmp_path) == before
@@ -681,14 +773,24 @@ def refused(tmp_path, match, about=None, model=None, **options):
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
   interrupted(tmp_path)
-  refused(tmp_path, "learning_rate is 0.01 there and 0.5 here", learning_rate=0.5)
-  refused(tmp_path, r"model.width is 8 there and 9 here; .*workdir", about={"model": {"width": 9}})
   refused(
-    tmp_path, "model.depth is absent there and 1 here", about={"model": {"width": 8, "depth": 1}}
+    tmp_path, "learning_rate is 0.01 there and 0.5 here", learning_rate=0.5
+  )
+  refused(
+    tmp_path,
+    r"model.width is 8 there and 9 here; .*workdir",
+    about={"model": {"width": 9}},
+  )
+  refused(
+    tmp_path,
+    "model.depth is absent there and 1 here",
+    about={"model": {"width": 8, "depth": 1}},
   )
   # What does not change the numbers may change.
   config, model, task = make(steps=20, log_every=7, checkpoint_every=3, keep=4)
-  result = training.fit(config, model, task, workdir=tmp_path, about={"model": {"width": 8}})
+  result = training.fit(
+    config, model, task, workdir=tmp_path, about={"model": {"width": 8}}
+  )
   assert result["resumed_from"] == 20
 
 
@@ -696,7 +798,9 @@ def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
   interrupted(tmp_path)
   model = Tiny(jax.random.key(0), inputs=9)
   refused(
-    tmp_path, r"params/embed is 'float32\[7, 8\]' there and 'float32\[9, 8\]' here", model=model
+    tmp_path,
+    r"params/embed is 'float32\[7, 8\]' there and 'float32\[9, 8\]' here",
+    model=model,
   )
 
 
@@ -721,10 +825,19 @@ def damage(tmp_path, how):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
 @pytest.mark.parametrize(
   "how",
-  ["truncated", "emptied", "flipped", "meta truncated", "meta emptied", "manifest lost"],
+  [
+    "truncated",
+    "emptied",
+    "flipped",
+    "meta truncated",
+    "meta emptied",
+    "manifest lost",
+  ],
 )
 def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, how):
   config, task = interrupted(tmp_path)
@@ -732,7 +845,9 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, how):
   refused(tmp_path, "checkpoints/20 cannot be read")
   shutil.move(tmp_path / "checkpoints" / "20", tmp_path / "damaged")
   model = Tiny(jax.random.key(0), dropout=0.1)
-  result = training.fit(config, model, task, workdir=tmp_path, about={"model": {"width": 8}})
+  result = training.fit(
+    config, model, task, workdir=tmp_path, about={"model": {"width": 8}}
+  )
   assert result["resumed_from"] == 10 and result["step"] == 20
 
 
@@ -744,7 +859,9 @@ def test_a_foreign_checkpoint_is_one_clear_error(tmp_path):
 
 def test_loading_from_nowhere(tmp_path):
   model = Tiny(jax.random.key(0))
-  with pytest.raises(training.CheckpointError, match="there are no checkpoints in"):
+  with pytest.raises(
+    training.CheckpointError, match="there are no checkpoints in"
+  ):
     training.load(tmp_path / "nothing", model)
   with pytest.raises(ValueError, match="'best' or 'latest', got 'first'"):
     training.load(tmp_path, model, "first")
@@ -755,10 +872,14 @@ def test_an_unwritable_workdir_is_one_clear_error(tmp_path, place):
   config, model, task = make()
   path = tmp_path / "file"
   path.write_text("in the way")
-  workdir = {"file": path, "below": path / "run", "checkpoints": tmp_path}[place]
+  workdir = {"file": path, "below": path / "run", "checkpoints": tmp_path}[
+    place
+  ]
   if place == "checkpoints":
     path.rename(tmp_path / "checkpoints")
-  with pytest.raises(training.WorkdirError, match=f"workdir '{workdir}.*cannot be") as error:
+  with pytest.raises(
+    training.WorkdirError, match=f"workdir '{workdir}.*cannot be"
+  ) as error:
     training.fit(config, model, task, workdir=workdir)
   assert "\n" not in str(error.value)
   (kept,) = (p for p in tmp_path.iterdir() if p.is_file())
@@ -775,7 +896,10 @@ def test_an_unwritable_workdir_is_one_clear_error(tmp_path, place):
     (dict(learning_rate=float("nan")), "learning_rate must be positive"),
     (dict(accumulate=3), "batch_size 8 is no multiple of accumulate 3"),
     (dict(clip=-1.0), "clip must be at least 0"),
-    (dict(best="acuracy"), "best is 'acuracy', and evaluations have accuracy, loss"),
+    (
+      dict(best="acuracy"),
+      "best is 'acuracy', and evaluations have accuracy, loss",
+    ),
     (dict(eval_split="dev"), "not in tuple"),
     (dict(report_weights={"sise": 1.0}), "no report 'sise'; it has size"),
   ],
@@ -790,7 +914,9 @@ def test_a_task_of_unknown_kind():
   config, model, _ = make()
   task = Tokens()
   object.__setattr__(task, "kind", "riddles")
-  with pytest.raises(ValueError, match="unknown kind 'riddles'; known: classification"):
+  with pytest.raises(
+    ValueError, match="unknown kind 'riddles'; known: classification"
+  ):
     training.Trainer(config, model, task)
 
 
@@ -821,7 +947,9 @@ def test_bad_meshes(text, match):
 
 def test_a_mesh_larger_than_the_machine():
   many = jax.device_count() + 1
-  with pytest.raises(ValueError, match=f"'data:{many}' needs {many} devices, and {many - 1}"):
+  with pytest.raises(
+    ValueError, match=f"'data:{many}' needs {many} devices, and {many - 1}"
+  ):
     parallel.make_mesh(f"data:{many}")
 
 
@@ -832,14 +960,21 @@ def test_rules_place_by_path_name():
   assert largest((8, 8), mesh) == P("fsdp")
   assert largest((3, 5), mesh) == P() == largest((8,), mesh)
   assert largest((2, 16, 12), mesh) == P(None, "fsdp")
-  tree = {"a": {"kernel": np.zeros((8, 4)), "bias": np.zeros((8, 4))}, "b": [np.zeros(4)]}
+  tree = {
+    "a": {"kernel": np.zeros((8, 4)), "bias": np.zeros((8, 4))},
+    "b": [np.zeros(4)],
+  }
   placed = parallel.shardings(tree, mesh)
-  assert placed["a"]["kernel"].spec == P("fsdp") and placed["a"]["bias"].spec == P()
+  assert (
+    placed["a"]["kernel"].spec == P("fsdp") and placed["a"]["bias"].spec == P()
+  )
   own = ((r"a/ker", P(None, "fsdp")), (r"^b/0$", P("data")))
   placed = parallel.shardings(tree, mesh, own)
   assert placed["a"]["kernel"].spec == P(None, "fsdp")
   assert placed["a"]["bias"].spec == P() and placed["b"][0].spec == P("data")
-  with pytest.raises(ValueError, match=r"'a/kernel' of shape \(8, 4\) cannot be split"):
+  with pytest.raises(
+    ValueError, match=r"'a/kernel' of shape \(8, 4\) cannot be split"
+  ):
     parallel.shardings(tree, mesh, ((r"kernel", P(None, None, "fsdp")),))
 
 
@@ -851,14 +986,20 @@ def test_two_leaves_of_one_name():
 def test_incomplete_distributed_flags():
   with pytest.raises(ValueError, match="processes, process missing"):
     parallel.initialize("localhost:1")
-  with pytest.raises(ValueError, match="process 2 is not among the 2 processes"):
+  with pytest.raises(
+    ValueError, match="process 2 is not among the 2 processes"
+  ):
     parallel.initialize("localhost:1", 2, 2)
 
 
 def close(result, other):
   for name, value in other["params"].items():
-    np.testing.assert_allclose(result["params"][name], value, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(result["eval"]["loss"], other["eval"]["loss"], rtol=1e-4)
+    np.testing.assert_allclose(
+      result["params"][name], value, rtol=1e-4, atol=1e-5
+    )
+  np.testing.assert_allclose(
+    result["eval"]["loss"], other["eval"]["loss"], rtol=1e-4
+  )
 
 
 def test_eight_devices_equal_one(tmp_path, uninterrupted):
@@ -866,7 +1007,9 @@ def test_eight_devices_equal_one(tmp_path, uninterrupted):
   close(result, uninterrupted[0])
 
 
-def test_a_checkpoint_restores_on_another_number_of_devices(tmp_path, uninterrupted):
+def test_a_checkpoint_restores_on_another_number_of_devices(
+  tmp_path, uninterrupted
+):
   first = run(tmp_path, devices=8, mesh="data:2,fsdp:4", stop_at=10)
   assert first["stopped"]
   result = run(tmp_path, devices=2, mesh="fsdp:2")
@@ -877,7 +1020,9 @@ def test_a_checkpoint_restores_on_another_number_of_devices(tmp_path, uninterrup
 def test_a_batch_that_does_not_divide():
   mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"))
   config, model, task = make(batch_size=24, accumulate=2)
-  with pytest.raises(ValueError, match=r"24 in 2 micro-batch\(es\) cannot be split .* the 8"):
+  with pytest.raises(
+    ValueError, match=r"24 in 2 micro-batch\(es\) cannot be split .* the 8"
+  ):
     training.Trainer(config, model, task, mesh=mesh)
 
 
@@ -889,7 +1034,10 @@ def free_port():
 
 def pair(workdir, **options):
   where = f"localhost:{free_port()}"
-  return [run(workdir, wait=False, distributed=[where, 2, i], **options) for i in range(2)]
+  return [
+    run(workdir, wait=False, distributed=[where, 2, i], **options)
+    for i in range(2)
+  ]
 
 
 @pytest.mark.slow
@@ -908,7 +1056,9 @@ def test_two_processes_equal_one_and_survive_a_death(tmp_path, uninterrupted):
   again = [finish(p) for p in pair(workdir)]
   assert 0 < again[0]["resumed_from"] < 40
   close(again[0], whole[0])
-  assert [x["step"] for x in lines(workdir)] == [x["step"] for x in uninterrupted[1]]
+  assert [x["step"] for x in lines(workdir)] == [
+    x["step"] for x in uninterrupted[1]
+  ]
 
 
 @pytest.mark.slow
@@ -917,7 +1067,9 @@ def test_sigterm_to_one_process_stops_both(tmp_path):
   wait_for(lambda: written(tmp_path) >= 4, both[0])
   both[1].send_signal(signal.SIGTERM)
   first, second = map(finish, both)
-  assert first["stopped"] and second["stopped"] and first["step"] == second["step"]
+  assert (
+    first["stopped"] and second["stopped"] and first["step"] == second["step"]
+  )
   assert str(first["step"]) in os.listdir(tmp_path / "checkpoints")
 
 
@@ -941,9 +1093,15 @@ def flagged(*arguments):
   ("text", "want"),
   [
     ("", {}),
-    ("a=1, b=true,c=.5,d=word,e=None", {"a": 1, "b": True, "c": 0.5, "d": "word", "e": None}),
+    (
+      "a=1, b=true,c=.5,d=word,e=None",
+      {"a": 1, "b": True, "c": 0.5, "d": "word", "e": None},
+    ),
     ('{"a": [1, 2], "b": "x,y"}', {"a": [1, 2], "b": "x,y"}),
-    ("path=/a/b c.txt,gru.reset_after=False", {"path": "/a/b c.txt", "gru.reset_after": False}),
+    (
+      "path=/a/b c.txt,gru.reset_after=False",
+      {"path": "/a/b c.txt", "gru.reset_after": False},
+    ),
   ],
 )
 def test_parse_options(text, want):
@@ -955,16 +1113,25 @@ def test_parse_options(text, want):
   [
     (["--cell=grru"], "unknown memory 'grru'.*'gru'"),
     (["--cell=gru,lstn"], "unknown memory 'lstn'.*'lstm'"),
-    (["--cell_options=reset_befor=1"], "memory 'gru' has no option 'reset_befor'"),
+    (
+      ["--cell_options=reset_befor=1"],
+      "memory 'gru' has no option 'reset_befor'",
+    ),
     (["--cell_options=lru.x=1"], "'lru.x', and no cell is 'lru'"),
     (["--cell_options=reset_after"], "'reset_after' is not name=value"),
     (["--cell_options={oops"], "are no JSON"),
     (["--task=mqar_smal"], "unknown task: 'mqar_smal'"),
     (["--task_options=lenght=3"], "'lenght'"),
     (["--task=text", "--task_options="], "needs the option path"),
-    (["--task=text", "--task_options=path=/no/such/file"], "no file '/no/such/file'"),
+    (
+      ["--task=text", "--task_options=path=/no/such/file"],
+      "no file '/no/such/file'",
+    ),
     (["--model_options=convsize=4"], "models have no option 'convsize'"),
-    (["--cell=gru,gru", "--depth=3"], "depth must be a positive multiple of the 2 cell"),
+    (
+      ["--cell=gru,gru", "--depth=3"],
+      "depth must be a positive multiple of the 2 cell",
+    ),
     (["--dropout=1.5"], "dropout must be a rate"),
     (["--d_model=0"], "d_model"),
     (["--report_weights=balance=1"], "no report 'balance'; it has none"),
@@ -977,32 +1144,50 @@ def test_parse_options(text, want):
   ],
 )
 def test_impossible_flags_are_one_clear_error(arguments, match):
-  with pytest.raises((ValueError, TypeError, OSError, NotImplementedError), match=match):
+  with pytest.raises(
+    (ValueError, TypeError, OSError, NotImplementedError), match=match
+  ):
     train.run(flagged(*arguments))
 
 
 def test_a_run_is_repeated_from_its_flags(tmp_path):
-  first = train.run(flagged(f"--workdir={tmp_path / 'a'}", "--dropout=0.2", "--final=test"))
-  again = ["--flagfile=" + str(tmp_path / "a" / "run.flags"), f"--workdir={tmp_path / 'b'}"]
+  first = train.run(
+    flagged(f"--workdir={tmp_path / 'a'}", "--dropout=0.2", "--final=test")
+  )
+  again = [
+    "--flagfile=" + str(tmp_path / "a" / "run.flags"),
+    f"--workdir={tmp_path / 'b'}",
+  ]
   second = train.run(flagged(*again))
   assert lines(tmp_path / "a") == lines(tmp_path / "b")
-  assert first["final"] == second["final"] and first["final"]["test"]["loss"] > 0
+  assert (
+    first["final"] == second["final"] and first["final"]["test"]["loss"] > 0
+  )
   task, model = train.build(flagged(*again))
   meta = training.load(tmp_path / "b", model, "latest")
-  assert meta["config"]["task"] == "mqar_small" and meta["config"]["model"]["dropout"] == 0.2
+  assert (
+    meta["config"]["task"] == "mqar_small"
+    and meta["config"]["model"]["dropout"] == 0.2
+  )
   _, fresh = train.build(flagged(*again))
   assert digest(fresh) != digest(model)
-  with pytest.raises(training.CheckpointError, match="model.dropout is 0.2 there and 0.0 here"):
+  with pytest.raises(
+    training.CheckpointError, match="model.dropout is 0.2 there and 0.0 here"
+  ):
     train.run(flagged(*again, "--dropout=0"))
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32(tmp_path):
   results = []
   for dtype in ("float32", "bfloat16"):
-    values = flagged(f"--compute_dtype={dtype}", "--cell_options=reset_after=true")
+    values = flagged(
+      f"--compute_dtype={dtype}", "--cell_options=reset_after=true"
+    )
     task, model = train.build(values)
     results.append(training.fit(train.settings(values), model, task))
-    assert {x.dtype for x in jax.tree.leaves(checkpoint.variables(model))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(checkpoint.variables(model))} == {
+      jnp.dtype("float32")
+    }
   a, b = (r["eval"]["loss"] for r in results)
   assert a != b and abs(a - b) < 0.01 * a
 
@@ -1014,8 +1199,17 @@ def test_decay_leaves_offsets_and_scales_alone():
   short = lambda name: name.replace("encoder/stack/blocks/", "")
   decays = {short(n) for n, yes in mask.items() if yes}
   spared = {short(n) for n, yes in mask.items() if not yes}
-  assert {"encoder/embedding", "0/memory/params/w", "0/mlp/up", "1/memory/params/qkv"} <= decays
-  assert {"0/memory/params/b", "0/mlp_norm/scale", "1/memory/params/a_log"} <= spared
+  assert {
+    "encoder/embedding",
+    "0/memory/params/w",
+    "0/mlp/up",
+    "1/memory/params/qkv",
+  } <= decays
+  assert {
+    "0/memory/params/b",
+    "0/mlp_norm/scale",
+    "1/memory/params/a_log",
+  } <= spared
   assert {"1/memory/params/dt", "encoder/norm/scale"} <= spared
   mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
   placed = parallel.named_leaves(parallel.shardings(params, mesh))
@@ -1035,7 +1229,9 @@ def test_decay_leaves_offsets_and_scales_alone():
 )  # fmt: skip
 def test_decay_of_cells(cell, spared):
   mask = training.decayed(memzoo.tiny(cell).init(jax.random.key(0)))
-  assert {name for name, yes in parallel.named_leaves(mask).items() if not yes} == spared
+  assert {
+    name for name, yes in parallel.named_leaves(mask).items() if not yes
+  } == spared
 
 
 def command(*arguments):
@@ -1056,7 +1252,10 @@ def test_the_command_exits_0_on_sigterm_and_1_on_an_error(tmp_path):
   process = command(f"--workdir={tmp_path}", "--steps=1000000", "--seed=5")
   out, err = process.communicate(timeout=120)
   assert process.returncode == 1
-  assert err.strip().splitlines()[-1].startswith("error: checkpoint ") and "seed is 0" in err
+  assert (
+    err.strip().splitlines()[-1].startswith("error: checkpoint ")
+    and "seed is 0" in err
+  )
   assert "Traceback" not in err
 
 

@@ -6,8 +6,7 @@ import json
 import re
 from typing import Any
 
-from memzoo.core import cell as cell_lib
-from memzoo.core import registry
+from memzoo.core import cell as cell_lib, registry
 
 _SECTIONS = ("State", "Params", "Forms", "Differs", "Paper")
 

@@ -217,8 +217,7 @@ def _check_inputs(who, cell, xs) -> int:
       if len(shape) == len(want) + 2 and shape[2:] == want:
         hint = "; a cell takes one sequence: batch it with jax.vmap"
       raise ValueError(
-        f"{who}: xs must be [T, {', '.join(map(str, want))}], got "
-        f"{shape}{hint}"
+        f"{who}: xs must be [T, {', '.join(map(str, want))}], got {shape}{hint}"
       )
     for kind in (jnp.floating, jnp.integer, jnp.bool_):
       if jnp.issubdtype(spec.dtype, kind) != jnp.issubdtype(
@@ -262,7 +261,8 @@ def state_size(cell: Cell) -> int:
 def state_bytes(cell: Cell) -> int:
   """Bytes held between two tokens, for one sequence, everything counted."""
   return sum(
-    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_state_spec(cell))
+    leaf.size * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(_state_spec(cell))
   )
 
 

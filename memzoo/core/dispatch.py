@@ -205,7 +205,9 @@ def explain(fn: Callable, *args, **kwargs) -> list[Decision]:
       return fn(*a, **k)
 
     # A fresh function each time: nothing is taken from a trace cache.
-    jax.eval_shape(lambda a: _arrays_only(call(a)), [leaves[i] for i in dynamic])
+    jax.eval_shape(
+      lambda a: _arrays_only(call(a)), [leaves[i] for i in dynamic]
+    )
   finally:
     _decisions.reset(token)
   return decisions

@@ -38,7 +38,5 @@ def inverse_softplus(x):
 def log_uniform(key, shape, low: float, high: float):
   """exp of a uniform draw between log(low) and log(high)."""
   return jnp.exp(
-    jax.random.uniform(
-      key, shape, minval=math.log(low), maxval=math.log(high)
-    )
+    jax.random.uniform(key, shape, minval=math.log(low), maxval=math.log(high))
   )

@@ -1,4 +1,4 @@
-"""Dots under strict promotion: the caller's dtype in, the caller's dtype out."""
+"""Dots under strict promotion: the caller's dtype in and out."""
 
 import jax
 import jax.numpy as jnp

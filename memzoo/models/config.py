@@ -45,8 +45,7 @@ def from_config(config: dict[str, Any], rngs: nnx.Rngs) -> SequenceModel:
   """
   if not isinstance(config, dict) or not {"model", "cells"} <= config.keys():
     raise ValueError(
-      "no model config (a dict with the keys 'model' and 'cells'): "
-      f"{config!r}"
+      f"no model config (a dict with the keys 'model' and 'cells'): {config!r}"
     )
   options = dict(config)
   kind, cells = options.pop("model"), options.pop("cells")

@@ -49,9 +49,7 @@ class LanguageModel(SequenceModel):
       cells, depth, vocab_size=vocab_size, rngs=rngs, **options
     )
     self.tie_embeddings = bool(tie_embeddings)
-    head = lambda: Head(
-      self.encoder.d_model, vocab_size, bias=False, rngs=rngs
-    )
+    head = lambda: Head(self.encoder.d_model, vocab_size, bias=False, rngs=rngs)
     self.head = None if tie_embeddings else head()
 
   @property

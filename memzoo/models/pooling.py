@@ -25,9 +25,7 @@ def pool(kind: str, x, reset=None, mask=None):
   if reset is not None:
     segment = jnp.cumsum((reset & there).astype(jnp.int32), axis=1)
     there = there & (segment == segment[:, -1:])
-  total = jnp.sum(
-    jnp.where(there[..., None], x.astype(jnp.float32), 0), axis=1
-  )
+  total = jnp.sum(jnp.where(there[..., None], x.astype(jnp.float32), 0), axis=1)
   count = jnp.sum(there.astype(jnp.float32), axis=1, keepdims=True)
   return (total / jnp.maximum(count, 1)).astype(x.dtype)
 

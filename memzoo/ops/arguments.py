@@ -89,9 +89,7 @@ def scan_steps(step, state, inputs, fresh):
   def body(state, x):
     old = state
     if x.reset is not None:
-      state = jax.tree.map(
-        lambda f, s: jnp.where(x.reset, f, s), fresh, state
-      )
+      state = jax.tree.map(lambda f, s: jnp.where(x.reset, f, s), fresh, state)
     state, y = step(state, x)
     if x.mask is not None:
       state = jax.tree.map(lambda n, o: jnp.where(x.mask, n, o), state, old)

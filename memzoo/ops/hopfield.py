@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import store
-from memzoo.ops import arguments, chunk
-from memzoo.ops import separation as separations
+from memzoo.ops import arguments, chunk, separation as separations
 
 
 def hopfield(

@@ -83,9 +83,7 @@ def linear_attention(
   inputs = Inputs(q, k, v, log_decay, reset, mask)
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
-    "chunk": lambda: chunk.run(
-      FUNCTION, s, inputs, fresh, chunk_size=size
-    ),
+    "chunk": lambda: chunk.run(FUNCTION, s, inputs, fresh, chunk_size=size),
   }
   return dispatch.run("linear_attention", forms, implementation)
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.task import Batch
 
 
@@ -39,22 +38,22 @@ class ByteStream(task_lib.Task, abc.ABC):
     mode: 'stream' or 'window'.
   """
 
-  kind: ClassVar[str] = 'tokens'
+  kind: ClassVar[str] = "tokens"
   vocab_size: ClassVar[int] = 256
   num_outputs: ClassVar[int] = 256
   chance: ClassVar[float] = 1 / 256
 
   length: int = 256
-  mode: str = 'stream'
+  mode: str = "stream"
 
   def __post_init__(self):
     owner = type(self).__name__
-    task_lib.check_int(owner, 'length', self.length, 1)
-    task_lib.check_choice(owner, 'mode', self.mode, ('stream', 'window'))
+    task_lib.check_int(owner, "length", self.length, 1)
+    task_lib.check_choice(owner, "mode", self.mode, ("stream", "window"))
 
   @property
   def streams(self) -> bool:
-    return self.mode == 'stream'
+    return self.mode == "stream"
 
   @abc.abstractmethod
   def contents(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -65,17 +64,17 @@ class ByteStream(task_lib.Task, abc.ABC):
     need = rows * (self.length + 1)
     if len(data) < need:
       raise ValueError(
-          f'{self}: the {split} split has {len(data)} bytes; {rows} rows of'
-          f' length {self.length} need {need}'
+        f"{self}: the {split} split has {len(data)} bytes; {rows} rows of"
+        f" length {self.length} need {need}"
       )
     return data, starts
 
-  def batch(self, seed, step, batch_size, split='train'):
+  def batch(self, seed, step, batch_size, split="train"):
     task_lib.check_request(self, seed, step, batch_size, split)
     step = int(step)
-    if self.mode == 'window':
+    if self.mode == "window":
       data, starts = self._contents(split, 1)
-      key = sampling.stream(seed, split, 'window')
+      key = sampling.stream(seed, split, "window")
       key = jax.random.fold_in(key, np.uint32(step % 2**32))
       words = np.asarray(_words(key, batch_size)).astype(np.uint64)
       words = words[:, 0] << np.uint64(32) | words[:, 1]
@@ -85,7 +84,7 @@ class ByteStream(task_lib.Task, abc.ABC):
     lane = len(data) // batch_size
     chunks = max(1, (lane - self.length) // self.length)
     epoch, chunk = divmod(step, chunks)
-    key = sampling.stream(seed, split, 'phase')
+    key = sampling.stream(seed, split, "phase")
     key = jax.random.fold_in(key, np.uint32(epoch % 2**32))
     slack = lane - 1 - chunks * self.length
     phase = int(_words(key, 1)[0, 0]) % (slack + 1)
@@ -93,14 +92,14 @@ class ByteStream(task_lib.Task, abc.ABC):
     fresh = np.full(batch_size, chunk == 0)
     return self._read(data, starts, first, fresh)
 
-  def eval_batches(self, batch_size, split='test'):
+  def eval_batches(self, batch_size, split="test"):
     task_lib.check_request(self, 0, 0, batch_size, split)
     data, starts = self._contents(split, 1)
     return self._eval_batches(data, starts, batch_size)
 
   def _eval_batches(self, data, starts, rows):
     total = len(data) - 1
-    if self.mode == 'window':
+    if self.mode == "window":
       first = np.arange(0, total, self.length)
       none = np.zeros(rows, bool)
       for i in range(0, len(first), rows):
@@ -132,24 +131,24 @@ class ByteStream(task_lib.Task, abc.ABC):
       reset = begins[:, :-1].copy()
       reset[:, 0] |= fresh
     return Batch(
-        inputs=tokens[:, :-1].copy(),
-        targets=tokens[:, 1:].copy(),
-        weights=weights.astype(np.float32),
-        reset=reset,
+      inputs=tokens[:, :-1].copy(),
+      targets=tokens[:, 1:].copy(),
+      weights=weights.astype(np.float32),
+      reset=reset,
     )
 
 
 def _between(starts: np.ndarray, place: np.ndarray) -> np.ndarray:
   """The document starts that lie in any of the rows of `place`."""
   low = np.searchsorted(starts, place[:, 0])
-  high = np.searchsorted(starts, place[:, -1], side='right')
+  high = np.searchsorted(starts, place[:, -1], side="right")
   return np.concatenate([starts[i:j] for i, j in zip(low, high)])
 
 
-@functools.partial(jax.jit, static_argnames='rows')
+@functools.partial(jax.jit, static_argnames="rows")
 def _words(key, rows: int) -> jax.Array:
   """uint32 [rows, 2]; row i depends on (key, i) alone."""
   row = jnp.arange(rows, dtype=jnp.uint32)
   return jax.vmap(
-      lambda i: jax.random.bits(jax.random.fold_in(key, i), (2,), jnp.uint32)
+    lambda i: jax.random.bits(jax.random.fold_in(key, i), (2,), jnp.uint32)
   )(row)

@@ -1,19 +1,19 @@
 """Files that are made once: where they lie, and how they are written."""
 
+from collections.abc import Callable
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
 
 
 def cache_dir() -> pathlib.Path:
   """The folder $MEMZOO_CACHE, or ~/.cache/memzoo."""
-  folder = os.environ.get('MEMZOO_CACHE') or '~/.cache/memzoo'
+  folder = os.environ.get("MEMZOO_CACHE") or "~/.cache/memzoo"
   return pathlib.Path(folder).expanduser()
 
 
 def write_atomically(
-    path: pathlib.Path, write: Callable[[pathlib.Path], None]
+  path: pathlib.Path, write: Callable[[pathlib.Path], None]
 ) -> None:
   """Calls `write(temporary path)` and moves the file to `path` when whole.
 
@@ -26,12 +26,12 @@ def write_atomically(
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=path.stem, suffix=path.suffix
+      dir=path.parent, prefix=path.stem, suffix=path.suffix
     )
   except OSError as error:
     raise OSError(
-        f'cannot write the data cache {str(path.parent)!r} ({error.strerror});'
-        ' set MEMZOO_CACHE to a folder that can be written'
+      f"cannot write the data cache {str(path.parent)!r} ({error.strerror});"
+      " set MEMZOO_CACHE to a folder that can be written"
     ) from error
   os.close(handle)
   try:

@@ -5,8 +5,7 @@ import functools
 
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.task import Batch
 
 # Fixes which training examples are held out, whatever the seed of the run.
@@ -29,7 +28,7 @@ class Examples(task_lib.Task):
   holdout: int = 0
 
   def __post_init__(self):
-    task_lib.check_int(type(self).__name__, 'holdout', self.holdout, 0)
+    task_lib.check_int(type(self).__name__, "holdout", self.holdout, 0)
 
   def source_size(self, split: str) -> int:
     """Number of examples the source has in a split; 0, no such split."""
@@ -41,39 +40,39 @@ class Examples(task_lib.Task):
 
   def size(self, split: str) -> int:
     """Number of examples in a split, after the holdout."""
-    task_lib.check_choice(type(self).__name__, 'split', split, task_lib.SPLITS)
-    if self.holdout and split != 'test':
-      total = self.source_size('train')
+    task_lib.check_choice(type(self).__name__, "split", split, task_lib.SPLITS)
+    if self.holdout and split != "test":
+      total = self.source_size("train")
       if self.holdout >= total:
         raise ValueError(
-            f'{type(self).__name__}: holdout must be below the {total} training'
-            f' examples; got {self.holdout}'
+          f"{type(self).__name__}: holdout must be below the {total} training"
+          f" examples; got {self.holdout}"
         )
-      return self.holdout if split == 'validation' else total - self.holdout
+      return self.holdout if split == "validation" else total - self.holdout
     size = self.source_size(split)
     if not size:
-      hint = '; set holdout=' if split == 'validation' else ''
-      raise ValueError(f'{self}: no examples in the split {split!r}{hint}')
+      hint = "; set holdout=" if split == "validation" else ""
+      raise ValueError(f"{self}: no examples in the split {split!r}{hint}")
     return size
 
   def _rows(self, split: str, indices: np.ndarray) -> Batch:
-    if self.holdout and split != 'test':
-      order = _holdout_order(self.source_size('train'))
-      if split == 'validation':
+    if self.holdout and split != "test":
+      order = _holdout_order(self.source_size("train"))
+      if split == "validation":
         indices = indices + (len(order) - self.holdout)
-      return self.read('train', order[indices])
+      return self.read("train", order[indices])
     return self.read(split, indices)
 
-  def batch(self, seed, step, batch_size, split='train'):
+  def batch(self, seed, step, batch_size, split="train"):
     task_lib.check_request(self, seed, step, batch_size, split)
     count = self.size(split)
     epoch, offset = sampling.locate(int(step), batch_size, count)
     order = sampling.epoch_order_jit(
-        sampling.stream(seed, split, 'order'), epoch, offset, batch_size, count
+      sampling.stream(seed, split, "order"), epoch, offset, batch_size, count
     )
     return self._rows(split, np.asarray(order).astype(np.int64))
 
-  def eval_batches(self, batch_size, split='test'):
+  def eval_batches(self, batch_size, split="test"):
     task_lib.check_request(self, 0, 0, batch_size, split)
     return self._eval_batches(batch_size, split, self.size(split))
 
@@ -87,7 +86,10 @@ class Examples(task_lib.Task):
 @functools.lru_cache(maxsize=4)
 def _holdout_order(count: int) -> np.ndarray:
   order = sampling.epoch_order_jit(
-      sampling.stream(_HOLDOUT_SEED, 'holdout'),
-      np.uint32(0), np.uint32(0), count, count,
+    sampling.stream(_HOLDOUT_SEED, "holdout"),
+    np.uint32(0),
+    np.uint32(0),
+    count,
+    count,
   )
   return np.asarray(order).astype(np.int64)

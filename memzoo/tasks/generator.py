@@ -1,15 +1,14 @@
 """Tasks whose examples are made up on the device."""
 
+from collections.abc import Iterator
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.task import Batch
 
 
@@ -34,18 +33,16 @@ class Generator(task_lib.Task):
   def __post_init__(self):
     owner = type(self).__name__
     if self.num_train is not None:
-      task_lib.check_int(owner, 'num_train', self.num_train, 1, 2**31 - 1)
-    task_lib.check_int(owner, 'num_test', self.num_test, 1, 2**31 - 1)
+      task_lib.check_int(owner, "num_train", self.num_train, 1, 2**31 - 1)
+    task_lib.check_int(owner, "num_test", self.num_test, 1, 2**31 - 1)
 
-  def example(
-      self, key: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def example(self, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One example: (inputs, targets, weights), without a batch axis."""
     raise NotImplementedError(type(self).__name__)
 
-  def batch(self, seed, step, batch_size, split='train'):
+  def batch(self, seed, step, batch_size, split="train"):
     task_lib.check_request(self, seed, step, batch_size, split)
-    count = self.num_train if split == 'train' else None
+    count = self.num_train if split == "train" else None
     epoch, offset = sampling.locate(step, batch_size, count)
     if not isinstance(seed, jax.core.Tracer):
       seed = np.uint32(seed)
@@ -58,7 +55,7 @@ class Generator(task_lib.Task):
     return _rows(static, count, size, seed, tag, epoch, offset)
 
   def eval_batches(
-      self, batch_size: int, split: str = 'test', seed: int = 0
+    self, batch_size: int, split: str = "test", seed: int = 0
   ) -> Iterator[Batch]:
     """The first `num_test` examples of the stream (seed, split), in order."""
     task_lib.check_request(self, seed, 0, batch_size, split)
@@ -67,8 +64,12 @@ class Generator(task_lib.Task):
   def _eval_batches(self, batch_size, split, seed):
     for first in range(0, self.num_test, batch_size):
       batch = self._generate(
-          split, None, batch_size,
-          np.uint32(seed), np.uint32(0), np.uint32(first),
+        split,
+        None,
+        batch_size,
+        np.uint32(seed),
+        np.uint32(0),
+        np.uint32(first),
       )
       left = self.num_test - first
       if left < batch_size:
@@ -78,15 +79,15 @@ class Generator(task_lib.Task):
       yield batch
 
 
-@functools.partial(jax.jit, static_argnames=('task', 'count', 'size'))
+@functools.partial(jax.jit, static_argnames=("task", "count", "size"))
 def _rows(task, count, size, seed, split, epoch, offset) -> Batch:
   """Batch of `size` rows from a place in the stream of (seed, split)."""
   key = jax.random.fold_in(sampling.stream(seed), split)
   if count is None:
     index = offset + jnp.arange(size, dtype=jnp.uint32)
   else:
-    order = jax.random.fold_in(sampling.stream(seed, 'order'), split)
+    order = jax.random.fold_in(sampling.stream(seed, "order"), split)
     index = sampling.epoch_order(order, epoch, offset, size, count)
   return Batch(
-      *jax.vmap(lambda i: task.example(jax.random.fold_in(key, i)))(index)
+    *jax.vmap(lambda i: task.example(jax.random.fold_in(key, i)))(index)
   )

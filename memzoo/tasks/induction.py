@@ -6,8 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.generator import Generator
 
 
@@ -39,14 +38,14 @@ class Induction(Generator):
     2022, Hungry Hungry Hippos, arXiv:2212.14052, section 3.1.
   """
 
-  kind: ClassVar[str] = 'tokens'
+  kind: ClassVar[str] = "tokens"
   vocab_size: int = 16
   length: int = 256
 
   def __post_init__(self):
     super().__post_init__()
-    task_lib.check_int('Induction', 'vocab_size', self.vocab_size, 3)
-    task_lib.check_int('Induction', 'length', self.length, 4)
+    task_lib.check_int("Induction", "vocab_size", self.vocab_size, 3)
+    task_lib.check_int("Induction", "length", self.length, 4)
 
   @property
   def num_outputs(self) -> int:
@@ -75,6 +74,6 @@ class Induction(Generator):
     return predictions
 
 
-task_lib.register('induction', Induction)
-task_lib.register('induction_mamba', Induction, vocab_size=16, length=256)
-task_lib.register('induction_small', Induction, vocab_size=16, length=64)
+task_lib.register("induction", Induction)
+task_lib.register("induction_mamba", Induction, vocab_size=16, length=256)
+task_lib.register("induction_small", Induction, vocab_size=16, length=64)

@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.generator import Generator
 
 
@@ -34,14 +33,14 @@ class Mixture(task_lib.Task):
   def __post_init__(self):
     components = (*self.train, *self.test)
     if not self.train or not self.test:
-      raise ValueError('Mixture: train and test need one component each')
+      raise ValueError("Mixture: train and test need one component each")
     for part in self.train:
       if part.num_train is None:
-        raise ValueError(f'Mixture: a train component has no num_train: {part}')
-    for name in ('kind', 'vocab_size', 'd_input', 'num_outputs'):
+        raise ValueError(f"Mixture: a train component has no num_train: {part}")
+    for name in ("kind", "vocab_size", "d_input", "num_outputs"):
       found = {getattr(part, name) for part in components}
       if len(found) > 1:
-        raise ValueError(f'Mixture: components differ in {name}: {found}')
+        raise ValueError(f"Mixture: components differ in {name}: {found}")
 
   @property
   def kind(self):
@@ -67,14 +66,14 @@ class Mixture(task_lib.Task):
   def length(self):
     return max(part.length for part in (*self.train, *self.test))
 
-  def batch(self, seed, step, batch_size, split='train'):
+  def batch(self, seed, step, batch_size, split="train"):
     if isinstance(seed, jax.core.Tracer) or isinstance(step, jax.core.Tracer):
       raise TypeError(
-          'Mixture: seed and step must be Python integers, not traced: they'
-          ' decide the shape of the batch'
+        "Mixture: seed and step must be Python integers, not traced: they"
+        " decide the shape of the batch"
       )
     task_lib.check_request(self, seed, step, batch_size, split)
-    if split == 'train':
+    if split == "train":
       parts = self.train
       counts = [max(1, part.num_train // batch_size) for part in parts]
     else:
@@ -82,27 +81,30 @@ class Mixture(task_lib.Task):
       counts = [max(1, part.num_test // batch_size) for part in parts]
     epoch, offset = divmod(int(step), sum(counts))
     slot = int(
-        sampling.epoch_order_jit(
-            sampling.stream(seed, split, 'mixture'),
-            np.uint32(epoch), np.uint32(offset), 1, sum(counts),
-        )[0]
+      sampling.epoch_order_jit(
+        sampling.stream(seed, split, "mixture"),
+        np.uint32(epoch),
+        np.uint32(offset),
+        1,
+        sum(counts),
+      )[0]
     )
     last = np.cumsum(counts)
-    which = int(np.searchsorted(last, slot, side='right'))
+    which = int(np.searchsorted(last, slot, side="right"))
     place = slot - int(last[which]) + counts[which]
     return parts[which].batch(
-        _component_seed(seed, which),
-        epoch * counts[which] + place,
-        batch_size,
-        split,
+      _component_seed(seed, which),
+      epoch * counts[which] + place,
+      batch_size,
+      split,
     )
 
-  def eval_batches(self, batch_size, split='test'):
+  def eval_batches(self, batch_size, split="test"):
     task_lib.check_request(self, 0, 0, batch_size, split)
     return self._eval_batches(batch_size, split)
 
   def _eval_batches(self, batch_size, split):
-    parts = self.train if split == 'train' else self.test
+    parts = self.train if split == "train" else self.test
     for which, part in enumerate(parts):
       seed = _component_seed(0, which)
       yield from part.eval_batches(batch_size, split, seed)
@@ -113,5 +115,5 @@ class Mixture(task_lib.Task):
 
 def _component_seed(seed: int, which: int) -> int:
   """A seed for each component, so that their examples are unrelated."""
-  key = sampling.stream(seed, f'component {which}')
+  key = sampling.stream(seed, f"component {which}")
   return int(jax.random.bits(key, (), np.uint32))

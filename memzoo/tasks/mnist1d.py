@@ -4,21 +4,20 @@ import dataclasses
 import functools
 import pathlib
 import random
-import zipfile
 from typing import ClassVar
+import zipfile
 
 import numpy as np
 
-from memzoo.tasks import cache
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import cache, task as task_lib
 from memzoo.tasks.examples import Examples
 from memzoo.tasks.task import Batch
 
 _SHAPES = {
-    'x': (4000, 40),
-    'y': (4000,),
-    'x_test': (1000, 40),
-    'y_test': (1000,),
+  "x": (4000, 40),
+  "y": (4000,),
+  "x_test": (1000, 40),
+  "y_test": (1000,),
 }
 _SHUFFLE_SEED = 42
 
@@ -50,7 +49,7 @@ class Mnist1d(Examples):
     ICML, arXiv:2011.14439.
   """
 
-  kind: ClassVar[str] = 'classification'
+  kind: ClassVar[str] = "classification"
   d_input: ClassVar[int] = 1
   num_outputs: ClassVar[int] = 10
   length: ClassVar[int] = 40
@@ -59,18 +58,18 @@ class Mnist1d(Examples):
   shuffled: bool = False
 
   def source_size(self, split):
-    return {'train': 4000, 'validation': 0, 'test': 1000}[split]
+    return {"train": 4000, "validation": 0, "test": 1000}[split]
 
   def read(self, split, indices):
-    suffix = '_test' if split == 'test' else ''
-    data = _load(cache.cache_dir() / 'mnist1d.npz')
-    inputs = data['x' + suffix][indices]
+    suffix = "_test" if split == "test" else ""
+    data = _load(cache.cache_dir() / "mnist1d.npz")
+    inputs = data["x" + suffix][indices]
     if self.shuffled:
       inputs = inputs[:, np.random.RandomState(_SHUFFLE_SEED).permutation(40)]
     return Batch(
-        inputs=inputs[:, :, None],
-        targets=data['y' + suffix][indices],
-        weights=np.ones(len(indices), np.float32),
+      inputs=inputs[:, :, None],
+      targets=data["y" + suffix][indices],
+      weights=np.ones(len(indices), np.float32),
     )
 
 
@@ -89,12 +88,12 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
   """The arrays of the cache file; None if it is absent or damaged."""
   try:
-    with open(path, 'rb') as handle, np.load(handle) as file:
+    with open(path, "rb") as handle, np.load(handle) as file:
       data = {name: file[name] for name in _SHAPES}
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     return None
   for name, shape in _SHAPES.items():
-    dtype = np.int32 if name.startswith('y') else np.float32
+    dtype = np.int32 if name.startswith("y") else np.float32
     if data[name].shape != shape or data[name].dtype != dtype:
       return None
     if not np.isfinite(data[name]).all():
@@ -108,7 +107,7 @@ def _generate() -> dict[str, np.ndarray]:
     from mnist1d import data as generator  # pylint: disable=import-outside-toplevel
   except ImportError as error:
     raise ImportError(
-        'the task mnist1d needs the package mnist1d: pip install mnist1d'
+      "the task mnist1d needs the package mnist1d: pip install mnist1d"
     ) from error
   states = np.random.get_state(), random.getstate()
   try:
@@ -117,10 +116,10 @@ def _generate() -> dict[str, np.ndarray]:
     np.random.set_state(states[0])
     random.setstate(states[1])
   return {
-      name: made[name].astype(np.int32 if name.startswith('y') else np.float32)
-      for name in _SHAPES
+    name: made[name].astype(np.int32 if name.startswith("y") else np.float32)
+    for name in _SHAPES
   }
 
 
-task_lib.register('mnist1d', Mnist1d)
-task_lib.register('mnist1d_shuffled', Mnist1d, shuffled=True)
+task_lib.register("mnist1d", Mnist1d)
+task_lib.register("mnist1d_shuffled", Mnist1d, shuffled=True)

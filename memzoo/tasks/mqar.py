@@ -6,8 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.generator import Generator
 from memzoo.tasks.mixture import Mixture
 
@@ -53,7 +52,7 @@ class Mqar(Generator):
     recall-throughput tradeoff, arXiv:2402.18668.
   """
 
-  kind: ClassVar[str] = 'tokens'
+  kind: ClassVar[str] = "tokens"
   vocab_size: int = 8192
   length: int = 64
   pairs: int = 8
@@ -62,18 +61,18 @@ class Mqar(Generator):
 
   def __post_init__(self):
     super().__post_init__()
-    task_lib.check_int('Mqar', 'pairs', self.pairs, 1)
-    task_lib.check_int('Mqar', 'length', self.length, 1)
-    task_lib.check_int('Mqar', 'vocab_size', self.vocab_size, 4)
+    task_lib.check_int("Mqar", "pairs", self.pairs, 1)
+    task_lib.check_int("Mqar", "length", self.length, 1)
+    task_lib.check_int("Mqar", "vocab_size", self.vocab_size, 4)
     if self.length % 2 or self.length < 4 * self.pairs:
       raise ValueError(
-          f'Mqar: length must be even and at least 4 * pairs ='
-          f' {4 * self.pairs}; got {self.length}'
+        f"Mqar: length must be even and at least 4 * pairs ="
+        f" {4 * self.pairs}; got {self.length}"
       )
     if self.vocab_size <= self.length:
       raise ValueError(
-          f'Mqar: vocab_size must be above length = {self.length}; got'
-          f' {self.vocab_size}'
+        f"Mqar: vocab_size must be above length = {self.length}; got"
+        f" {self.vocab_size}"
       )
 
   @property
@@ -87,7 +86,7 @@ class Mqar(Generator):
   def example(self, key):
     num_slots = self.length // 2 - self.pairs
     keys, values, slots, noise = sampling.words(
-        key, self.pairs, self.pairs, num_slots, self.length
+      key, self.pairs, self.pairs, num_slots, self.length
     )
     half = self.vocab_size // 2
     keys = sampling.distinct(keys, 1, half)
@@ -119,33 +118,38 @@ def _based(length: int, pairs: int, **sizes) -> Mqar:
   return Mqar(length=length, pairs=pairs, **sizes)
 
 
-task_lib.register('mqar', Mqar, num_train=1000, num_test=1000)
-task_lib.register('mqar_small', Mqar, vocab_size=256, length=64, pairs=8)
+task_lib.register("mqar", Mqar, num_train=1000, num_test=1000)
+task_lib.register("mqar_small", Mqar, vocab_size=256, length=64, pairs=8)
 for _length, _pairs in ((64, 4), (128, 8), (256, 16), (512, 64)):
   task_lib.register(
-      f'mqar_zoology_fig2_{_length}_{_pairs}',
-      Mqar,
-      length=_length,
-      pairs=_pairs,
-      random_non_queries=False,
-      num_train=100_000,
-      num_test=3000,
+    f"mqar_zoology_fig2_{_length}_{_pairs}",
+    Mqar,
+    length=_length,
+    pairs=_pairs,
+    random_non_queries=False,
+    num_train=100_000,
+    num_test=3000,
   )
 task_lib.register(
-    'mqar_based',
-    Mixture,
-    train=(
-        _based(64, 4, num_train=100_000),
-        _based(128, 8, num_train=20_000),
-        _based(256, 16, num_train=20_000),
-        _based(256, 32, num_train=20_000),
-        _based(256, 64, num_train=20_000),
-    ),
-    test=tuple(
-        _based(length, pairs, num_test=1000)
-        for length, pairs in (
-            (64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128),
-            (1024, 256),
-        )
-    ),
+  "mqar_based",
+  Mixture,
+  train=(
+    _based(64, 4, num_train=100_000),
+    _based(128, 8, num_train=20_000),
+    _based(256, 16, num_train=20_000),
+    _based(256, 32, num_train=20_000),
+    _based(256, 64, num_train=20_000),
+  ),
+  test=tuple(
+    _based(length, pairs, num_test=1000)
+    for length, pairs in (
+      (64, 4),
+      (64, 8),
+      (64, 16),
+      (128, 32),
+      (256, 64),
+      (512, 128),
+      (1024, 256),
+    )
+  ),
 )

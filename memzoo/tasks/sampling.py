@@ -12,7 +12,7 @@ def stream(seed: jax.typing.ArrayLike, *tags: str) -> jax.Array:
 
   The generator is fixed (Threefry), whatever the default of the process.
   """
-  key = jax.random.key(jnp.asarray(seed, jnp.uint32), impl='threefry2x32')
+  key = jax.random.key(jnp.asarray(seed, jnp.uint32), impl="threefry2x32")
   for name in tags:
     key = jax.random.fold_in(key, tag(name))
   return key
@@ -43,11 +43,11 @@ def locate(step, batch_size: int, count: int | None):
 
 
 def epoch_order(
-    key: jax.Array,
-    epoch: jax.Array,
-    offset: jax.Array,
-    size: int,
-    count: int,
+  key: jax.Array,
+  epoch: jax.Array,
+  offset: jax.Array,
+  size: int,
+  count: int,
 ) -> jax.Array:
   """`size` successive indices of shuffled epochs of `count` examples.
 
@@ -75,9 +75,7 @@ def epoch_order(
   epochs = epoch + place // jnp.uint32(count)
 
   def index(epoch, place):
-    words = jax.random.bits(
-        jax.random.fold_in(key, epoch), (6, 2), jnp.uint32
-    )
+    words = jax.random.bits(jax.random.fold_in(key, epoch), (6, 2), jnp.uint32)
 
     def mix(x):
       for a, b in words:
@@ -91,7 +89,7 @@ def epoch_order(
   return jax.vmap(index)(epochs, place % jnp.uint32(count))
 
 
-epoch_order_jit = jax.jit(epoch_order, static_argnames=('size', 'count'))
+epoch_order_jit = jax.jit(epoch_order, static_argnames=("size", "count"))
 
 
 def words(key: jax.Array, *sizes: int) -> list[jax.Array]:
@@ -138,7 +136,7 @@ def distinct(word: jax.Array, low: int, high: int) -> jax.Array:
 
 
 def weighted_distinct(
-    word: jax.Array, size: int, log_weights: np.ndarray
+  word: jax.Array, size: int, log_weights: np.ndarray
 ) -> jax.Array:
   """Draws one after the other without replacement, by weight (Gumbel top-k).
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from memzoo.tasks import sampling
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import sampling, task as task_lib
 from memzoo.tasks.generator import Generator
 
 
@@ -38,16 +37,16 @@ class SelectiveCopying(Generator):
     State Spaces, arXiv:2312.00752, section 4.1.1 and appendix E.1.
   """
 
-  kind: ClassVar[str] = 'tokens'
+  kind: ClassVar[str] = "tokens"
   vocab_size: int = 16
   context: int = 4096
   data: int = 16
 
   def __post_init__(self):
     super().__post_init__()
-    task_lib.check_int('SelectiveCopying', 'vocab_size', self.vocab_size, 3)
-    task_lib.check_int('SelectiveCopying', 'data', self.data, 1)
-    task_lib.check_int('SelectiveCopying', 'context', self.context, self.data)
+    task_lib.check_int("SelectiveCopying", "vocab_size", self.vocab_size, 3)
+    task_lib.check_int("SelectiveCopying", "data", self.data, 1)
+    task_lib.check_int("SelectiveCopying", "context", self.context, self.data)
 
   @property
   def length(self) -> int:
@@ -80,18 +79,18 @@ class SelectiveCopying(Generator):
     return predictions
 
 
-task_lib.register('selective_copying', SelectiveCopying)
+task_lib.register("selective_copying", SelectiveCopying)
 task_lib.register(
-    'selective_copying_mamba',
-    SelectiveCopying,
-    vocab_size=16,
-    context=4096,
-    data=16,
+  "selective_copying_mamba",
+  SelectiveCopying,
+  vocab_size=16,
+  context=4096,
+  data=16,
 )
 task_lib.register(
-    'selective_copying_small',
-    SelectiveCopying,
-    vocab_size=16,
-    context=64,
-    data=8,
+  "selective_copying_small",
+  SelectiveCopying,
+  vocab_size=16,
+  context=64,
+  data=8,
 )

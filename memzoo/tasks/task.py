@@ -1,15 +1,15 @@
 """The contract of a task, and the presets by name."""
 
+from collections.abc import Callable, Iterator
 import difflib
 import inspect
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-SPLITS = ('train', 'validation', 'test')
+SPLITS = ("train", "validation", "test")
 
 Array = jax.Array | np.ndarray
 
@@ -52,7 +52,7 @@ class Task:
     chance: accuracy of guessing uniformly among the possible answers.
   """
 
-  kind: Literal['tokens', 'classification', 'regression']
+  kind: Literal["tokens", "classification", "regression"]
   vocab_size: int | None = None
   d_input: int | None = None
   num_outputs: int
@@ -61,7 +61,7 @@ class Task:
   chance: float
 
   def batch(
-      self, seed: int, step: int, batch_size: int, split: str = 'train'
+    self, seed: int, step: int, batch_size: int, split: str = "train"
   ) -> Batch:
     """The batch of a step.
 
@@ -82,7 +82,7 @@ class Task:
     raise NotImplementedError(type(self).__name__)
 
   def eval_batches(
-      self, batch_size: int, split: str = 'test'
+    self, batch_size: int, split: str = "test"
   ) -> Iterator[Batch]:
     """Every example of a split once, in the same order at every call.
 
@@ -97,7 +97,7 @@ class Task:
     Generated tasks have one; it is right wherever the weight is above 0.
     """
     raise NotImplementedError(
-        f'{type(self).__name__} has no oracle: no exact solution is known'
+      f"{type(self).__name__} has no oracle: no exact solution is known"
     )
 
 
@@ -107,7 +107,7 @@ _PRESETS: dict[str, tuple[Callable[..., Task], dict[str, Any]]] = {}
 def register(name: str, build: Callable[..., Task], **options) -> None:
   """Names a preset: `build`, a task class or function, with `options`."""
   if name in _PRESETS:
-    raise ValueError(f'task {name!r} is registered already')
+    raise ValueError(f"task {name!r} is registered already")
   _PRESETS[name] = (build, options)
 
 
@@ -131,20 +131,20 @@ def make(name: str, **overrides) -> Task:
       is required and missing, or a value out of range.
   """
   if name not in _PRESETS:
-    raise ValueError(unknown('task', name, names()))
+    raise ValueError(unknown("task", name, names()))
   build, options = _PRESETS[name]
   parameters = inspect.signature(build).parameters
   for option in overrides:
     if option not in parameters:
-      raise ValueError(unknown(f'option of task {name!r}', option, parameters))
+      raise ValueError(unknown(f"option of task {name!r}", option, parameters))
   options = {**options, **overrides}
   missing = [
-      p.name
-      for p in parameters.values()
-      if p.default is p.empty and p.name not in options
+    p.name
+    for p in parameters.values()
+    if p.default is p.empty and p.name not in options
   ]
   if missing:
-    raise ValueError(f'task {name!r} needs the option {", ".join(missing)}')
+    raise ValueError(f"task {name!r} needs the option {', '.join(missing)}")
   return build(**options)
 
 
@@ -152,12 +152,12 @@ def unknown(what: str, got: Any, accepted) -> str:
   """Message for a name that does not exist, with the nearest that do."""
   accepted = list(accepted)
   near = difflib.get_close_matches(str(got), accepted, n=3, cutoff=0.5)
-  hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
-  return f'unknown {what}: {got!r}{hint} Accepted: {", ".join(accepted)}'
+  hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+  return f"unknown {what}: {got!r}{hint} Accepted: {', '.join(accepted)}"
 
 
 def check_int(
-    owner: str, name: str, value: Any, least: int, most: int | None = None
+  owner: str, name: str, value: Any, least: int, most: int | None = None
 ) -> int:
   """`value` as an int in [least, most], or one clear ValueError."""
   try:
@@ -167,9 +167,9 @@ def check_int(
   except TypeError:
     number = None
   if number is None or number < least or (most is not None and number > most):
-    limit = f'{least} or more' if most is None else f'{least} to {most}'
+    limit = f"{least} or more" if most is None else f"{least} to {most}"
     raise ValueError(
-        f'{owner}: {name} must be an integer, {limit}; got {value!r}'
+      f"{owner}: {name} must be an integer, {limit}; got {value!r}"
     )
   return number
 
@@ -177,17 +177,17 @@ def check_int(
 def check_choice(owner: str, name: str, value: Any, accepted) -> None:
   """One clear ValueError unless `value` is among `accepted`."""
   if value not in tuple(accepted):
-    raise ValueError(unknown(f'{name} of {owner}', value, accepted))
+    raise ValueError(unknown(f"{name} of {owner}", value, accepted))
 
 
 def check_request(
-    task: Task, seed: Any, step: Any, batch_size: Any, split: Any
+  task: Task, seed: Any, step: Any, batch_size: Any, split: Any
 ) -> None:
   """Checks the arguments of `Task.batch`; traced seeds and steps pass."""
   owner = type(task).__name__
   if not isinstance(seed, jax.core.Tracer):
-    check_int(owner, 'seed', seed, 0, 2**32 - 1)
+    check_int(owner, "seed", seed, 0, 2**32 - 1)
   if not isinstance(step, jax.core.Tracer):
-    check_int(owner, 'step', step, 0)
-  check_int(owner, 'batch_size', batch_size, 1)
-  check_choice(owner, 'split', split, SPLITS)
+    check_int(owner, "step", step, 0)
+  check_int(owner, "batch_size", batch_size, 1)
+  check_choice(owner, "split", split, SPLITS)

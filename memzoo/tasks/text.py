@@ -41,21 +41,21 @@ class Text(ByteStream):
       good = False
     if not good:
       raise ValueError(
-          'Text: splits must be three shares of at least 0 and 1 in sum; got'
-          f' {self.splits!r}'
+        "Text: splits must be three shares of at least 0 and 1 in sum; got"
+        f" {self.splits!r}"
       )
-    object.__setattr__(self, 'splits', shares)
-    object.__setattr__(self, 'path', os.fspath(self.path))
+    object.__setattr__(self, "splits", shares)
+    object.__setattr__(self, "path", os.fspath(self.path))
     size = _size(self.path)
     if size < self.length + 1:
-      what = 'is empty' if not size else f'has {size} bytes'
+      what = "is empty" if not size else f"has {size} bytes"
       raise ValueError(
-          f'Text: {self.path!r} {what}; length {self.length} needs at least'
-          f' {self.length + 1} bytes'
+        f"Text: {self.path!r} {what}; length {self.length} needs at least"
+        f" {self.length + 1} bytes"
       )
 
   def contents(self, split):
-    task_lib.check_choice('Text', 'split', split, task_lib.SPLITS)
+    task_lib.check_choice("Text", "split", split, task_lib.SPLITS)
     data = _open(self.path, os.stat(self.path).st_mtime_ns, _size(self.path))
     train, validation, _ = self.splits
     size = len(data)
@@ -66,16 +66,16 @@ class Text(ByteStream):
 
 def _size(path: str) -> int:
   if not os.path.exists(path):
-    raise FileNotFoundError(f'Text: there is no file {path!r}')
+    raise FileNotFoundError(f"Text: there is no file {path!r}")
   if not os.path.isfile(path):
-    raise ValueError(f'Text: {path!r} is not a file')
+    raise ValueError(f"Text: {path!r} is not a file")
   return os.path.getsize(path)
 
 
 @functools.lru_cache(maxsize=8)
 def _open(path: str, mtime: int, size: int) -> np.ndarray:
   del mtime, size  # A file that changed is mapped anew.
-  return np.memmap(path, dtype=np.uint8, mode='r')
+  return np.memmap(path, dtype=np.uint8, mode="r")
 
 
-task_lib.register('text', Text)
+task_lib.register("text", Text)

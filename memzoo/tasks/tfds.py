@@ -3,13 +3,12 @@
 import dataclasses
 import difflib
 import functools
-import zlib
 from typing import Any, ClassVar
+import zlib
 
 import numpy as np
 
-from memzoo.tasks import cache
-from memzoo.tasks import task as task_lib
+from memzoo.tasks import cache, task as task_lib
 from memzoo.tasks.byte_stream import ByteStream
 from memzoo.tasks.examples import Examples
 from memzoo.tasks.task import Batch
@@ -39,22 +38,20 @@ class TfdsClassification(Examples):
     holdout: training examples kept for validation: see `Examples`.
   """
 
-  kind: ClassVar[str] = 'classification'
+  kind: ClassVar[str] = "classification"
 
   dataset: str
   data_dir: str | None = None
   feature: str | None = None
   label: str | None = None
-  train: str = 'train'
-  validation: str = 'validation'
-  test: str = 'test'
+  train: str = "train"
+  validation: str = "validation"
+  test: str = "test"
   text_length: int = 256
 
   def __post_init__(self):
     super().__post_init__()
-    task_lib.check_int(
-        'TfdsClassification', 'text_length', self.text_length, 1
-    )
+    task_lib.check_int("TfdsClassification", "text_length", self.text_length, 1)
 
   @property
   def _keys(self) -> tuple[str, str]:
@@ -70,8 +67,8 @@ class TfdsClassification(Examples):
     shape = features[key].shape
     if None in shape or not shape:
       raise ValueError(
-          f'tfds {self.dataset}: the feature {key!r} has the shape {shape};'
-          ' a sequence needs a fixed one'
+        f"tfds {self.dataset}: the feature {key!r} has the shape {shape};"
+        " a sequence needs a fixed one"
       )
     if len(shape) == 1:
       return shape[0], 1
@@ -99,9 +96,9 @@ class TfdsClassification(Examples):
     return 1 / self.num_outputs
 
   def source_size(self, split):
-    if split == 'validation':
+    if split == "validation":
       splits = _info(self.dataset, self.data_dir).splits
-      if self.validation == 'validation' and 'validation' not in splits:
+      if self.validation == "validation" and "validation" not in splits:
         return 0
     return len(self.pipeline(split))
 
@@ -114,10 +111,10 @@ class TfdsClassification(Examples):
     rows = [pipeline[int(index)] for index in indices]
     inputs, targets, mask = (np.stack(column) for column in zip(*rows))
     return Batch(
-        inputs=inputs,
-        targets=targets,
-        weights=np.ones(len(rows), np.float32),
-        mask=mask if self._shape is None else None,
+      inputs=inputs,
+      targets=targets,
+      weights=np.ones(len(rows), np.float32),
+      mask=mask if self._shape is None else None,
     )
 
 
@@ -165,15 +162,18 @@ class TfdsText(ByteStream):
   dataset: str
   data_dir: str | None = None
   feature: str | None = None
-  train: str = 'train'
-  validation: str = 'validation'
-  test: str = 'test'
+  train: str = "train"
+  validation: str = "validation"
+  test: str = "test"
 
   def contents(self, split):
-    task_lib.check_choice('TfdsText', 'split', split, task_lib.SPLITS)
+    task_lib.check_choice("TfdsText", "split", split, task_lib.SPLITS)
     return _texts(
-        self.dataset, self.data_dir, self.feature, getattr(self, split),
-        cache.cache_dir(),
+      self.dataset,
+      self.data_dir,
+      self.feature,
+      getattr(self, split),
+      cache.cache_dir(),
     )
 
 
@@ -183,15 +183,15 @@ def _texts(dataset, data_dir, feature, expression, folder):
   info = _info(dataset, data_dir)
   feature = _text_feature(dataset, info.features, feature)
   source = _source(dataset, data_dir, expression)
-  what = f'{info.full_name} {feature} {expression} {len(source)} {data_dir}'
-  name = f'tfds-{info.name}-{zlib.crc32(what.encode()):08x}'
-  path, index = folder / f'{name}.bin', folder / f'{name}.npy'
+  what = f"{info.full_name} {feature} {expression} {len(source)} {data_dir}"
+  name = f"tfds-{info.name}-{zlib.crc32(what.encode()):08x}"
+  path, index = folder / f"{name}.bin", folder / f"{name}.npy"
   found = _read_texts(path, index)
   if found is None:
     starts = [0]
 
     def write(target):
-      with open(target, 'wb') as file:
+      with open(target, "wb") as file:
         for i in range(len(source)):
           text = _as_bytes(source[i][feature])
           if text:
@@ -200,7 +200,7 @@ def _texts(dataset, data_dir, feature, expression, folder):
 
     cache.write_atomically(path, write)
     if starts[-1] == 0:
-      raise ValueError(f'tfds {dataset}: the split {expression!r} has no text')
+      raise ValueError(f"tfds {dataset}: the split {expression!r} has no text")
     ends = np.asarray(starts, np.int64)
     cache.write_atomically(index, lambda target: np.save(target, ends))
     found = _read_texts(path, index)
@@ -214,21 +214,21 @@ def _read_texts(path, index):
       return None
   except (OSError, ValueError, EOFError, IndexError):
     return None
-  return np.memmap(path, dtype=np.uint8, mode='r'), ends[:-1]
+  return np.memmap(path, dtype=np.uint8, mode="r"), ends[:-1]
 
 
 def make_tfds(
-    *,
-    dataset: str,
-    data_dir: str | None = None,
-    feature: str | None = None,
-    label: str | None = None,
-    train: str = 'train',
-    validation: str = 'validation',
-    test: str = 'test',
-    length: int | None = None,
-    mode: str | None = None,
-    holdout: int = 0,
+  *,
+  dataset: str,
+  data_dir: str | None = None,
+  feature: str | None = None,
+  label: str | None = None,
+  train: str = "train",
+  validation: str = "validation",
+  test: str = "test",
+  length: int | None = None,
+  mode: str | None = None,
+  holdout: int = 0,
 ) -> task_lib.Task:
   """A classification task where the data set has a class label, else a text.
 
@@ -253,30 +253,36 @@ def make_tfds(
       not apply.
   """
   common = dict(
-      dataset=dataset, data_dir=data_dir, feature=feature, train=train,
-      validation=validation, test=test,
+    dataset=dataset,
+    data_dir=data_dir,
+    feature=feature,
+    train=train,
+    validation=validation,
+    test=test,
   )
   features = _info(dataset, data_dir).features
   if label is not None or _class_labels(features):
     if mode is not None:
-      raise ValueError(f'tfds {dataset}: mode is for texts without a label')
+      raise ValueError(f"tfds {dataset}: mode is for texts without a label")
     task = TfdsClassification(
-        label=label, holdout=holdout,
-        **({} if length is None else {'text_length': length}), **common,
+      label=label,
+      holdout=holdout,
+      **({} if length is None else {"text_length": length}),
+      **common,
     )
     if length is not None and task.vocab_size is None:
       raise ValueError(
-          f'tfds {dataset}: length is for texts; this input has'
-          f' {task.length} steps'
+        f"tfds {dataset}: length is for texts; this input has"
+        f" {task.length} steps"
       )
     return task
   if holdout:
     raise ValueError(
-        f'tfds {dataset}: holdout is for classification; use split expressions'
-        " such as train='train[:90%]', validation='train[90%:]'"
+      f"tfds {dataset}: holdout is for classification; use split expressions"
+      " such as train='train[:90%]', validation='train[90%:]'"
     )
   _text_feature(dataset, features, feature)
-  options = {'length': length, 'mode': mode}
+  options = {"length": length, "mode": mode}
   options = {name: x for name, x in options.items() if x is not None}
   return TfdsText(**options, **common)
 
@@ -293,7 +299,7 @@ def _import() -> tuple[Any, Any]:
 
 def _missing(error: ImportError) -> ImportError:
   return ImportError(
-      f'the task tfds needs the package {error.name}: pip install memzoo[data]'
+    f"the task tfds needs the package {error.name}: pip install memzoo[data]"
   )
 
 
@@ -301,12 +307,12 @@ def _missing(error: ImportError) -> ImportError:
 def _builder(dataset: str, data_dir: str | None):
   tfds, _ = _import()
   try:
-    return tfds.builder(dataset, data_dir=data_dir, file_format='array_record')
+    return tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     near = difflib.get_close_matches(dataset, known, n=3, cutoff=0.5)
-    hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
-    raise ValueError(f'unknown TFDS data set: {dataset!r}{hint}') from error
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"unknown TFDS data set: {dataset!r}{hint}") from error
 
 
 def _info(dataset: str, data_dir: str | None):
@@ -323,21 +329,21 @@ def _source(dataset: str, data_dir: str | None, expression: str):
     raise _missing(error) from error
   except Exception as error:
     raise RuntimeError(
-        f'tfds {dataset}: the data set could not be prepared in'
-        f' {str(builder.data_dir)!r}: {type(error).__name__}: {error}'
+      f"tfds {dataset}: the data set could not be prepared in"
+      f" {str(builder.data_dir)!r}: {type(error).__name__}: {error}"
     ) from error
   try:
     return builder.as_data_source(split=expression)
   except (KeyError, ValueError) as error:
     raise ValueError(
-        f'tfds {dataset}: cannot read the split {expression!r}; it has'
-        f' {", ".join(builder.info.splits)}'
+      f"tfds {dataset}: cannot read the split {expression!r}; it has"
+      f" {', '.join(builder.info.splits)}"
     ) from error
   except NotImplementedError as error:
     raise RuntimeError(
-        f'tfds {dataset}: {str(builder.data_dir)!r} was prepared in a format'
-        ' without random access; give another data_dir, or prepare it with'
-        ' tfds build --file_format=array_record'
+      f"tfds {dataset}: {str(builder.data_dir)!r} was prepared in a format"
+      " without random access; give another data_dir, or prepare it with"
+      " tfds build --file_format=array_record"
     ) from error
 
 
@@ -349,9 +355,9 @@ def _is_text(feature) -> bool:
 def _class_labels(features) -> list[str]:
   tfds, _ = _import()
   return [
-      name
-      for name, feature in features.items()
-      if isinstance(feature, tfds.features.ClassLabel)
+    name
+    for name, feature in features.items()
+    if isinstance(feature, tfds.features.ClassLabel)
   ]
 
 
@@ -361,9 +367,9 @@ def _text_feature(dataset: str, features, name: str | None) -> str:
     return texts[0]
   if name not in texts:
     raise ValueError(
-        f'tfds {dataset}: no text feature'
-        + (f' {name!r}' if name is not None else '')
-        + f'; it has {", ".join(features)}'
+      f"tfds {dataset}: no text feature"
+      + (f" {name!r}" if name is not None else "")
+      + f"; it has {', '.join(features)}"
     )
   return name
 
@@ -379,24 +385,23 @@ def _pair(dataset, data_dir, feature, label) -> tuple[str, str]:
     label = keys[1] if keys[1] in labels else next(iter(labels), None)
   if label not in labels:
     raise ValueError(
-        f'tfds {dataset}: no class label'
-        + (f' {label!r}' if label is not None else '')
-        + f'; it has {", ".join(features)}'
+      f"tfds {dataset}: no class label"
+      + (f" {label!r}" if label is not None else "")
+      + f"; it has {', '.join(features)}"
     )
   arrays = [
-      name
-      for name, found in features.items()
-      if name not in labels
-      and (_is_text(found) or getattr(found, 'shape', ()))
+    name
+    for name, found in features.items()
+    if name not in labels and (_is_text(found) or getattr(found, "shape", ()))
   ]
   if feature is None:
     feature = keys[0] if keys[0] in arrays else next(iter(arrays), None)
   if feature not in arrays:
     raise ValueError(
-        f'tfds {dataset}: no input feature'
-        + (f' {feature!r}' if feature is not None else '')
-        + ' that is an image, an array or a text; it has '
-        + ', '.join(features)
+      f"tfds {dataset}: no input feature"
+      + (f" {feature!r}" if feature is not None else "")
+      + " that is an image, an array or a text; it has "
+      + ", ".join(features)
     )
   return feature, label
 
@@ -405,8 +410,8 @@ def _as_bytes(text) -> bytes:
   return text.encode() if isinstance(text, str) else bytes(text)
 
 
-task_lib.register('tfds', make_tfds)
+task_lib.register("tfds", make_tfds)
 task_lib.register(
-    'tfds_mnist', TfdsClassification, dataset='mnist', holdout=5000
+  "tfds_mnist", TfdsClassification, dataset="mnist", holdout=5000
 )
-task_lib.register('tfds_tiny_shakespeare', TfdsText, dataset='tiny_shakespeare')
+task_lib.register("tfds_tiny_shakespeare", TfdsText, dataset="tiny_shakespeare")

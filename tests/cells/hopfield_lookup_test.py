@@ -86,7 +86,9 @@ def test_initial_values():
   for name in ("patterns", "q", "k", "v", "out"):
     w = params[name] if name == "patterns" else params[name]["w"]
     assert 0.018 < float(jnp.std(w)) < 0.022
-  assert not params["q"]["b"].any() and (params["norm_state"]["scale"] == 1).all()
+  assert (
+    not params["q"]["b"].any() and (params["norm_state"]["scale"] == 1).all()
+  )
   assert memzoo.state_size(cell) == 0
 
 
@@ -99,7 +101,9 @@ def test_converged_queries_are_held():
   )
   params = jax.tree.map(lambda x: 20 * x, jax.jit(few.init)(jax.random.key(2)))
   xs = draw(3, 7, 6)
-  run = lambda c: jax.jit(lambda p, x: memzoo.scan(c, p, None, x)[1])(params, xs)
+  run = lambda c: jax.jit(lambda p, x: memzoo.scan(c, p, None, x)[1])(
+    params, xs
+  )
   a, b = run(few), run(many)
   np.testing.assert_array_equal(a, b)
 

@@ -21,8 +21,7 @@ def test_paper_equation():
   phi = lambda x: np.where(x > 0, x + 1, np.exp(x))  # elu(x) + 1, eq. 7
   x = np.asarray(xs, np.float64)
   q, k, v = (
-    (x @ qkv[:, n * h * d : (n + 1) * h * d]).reshape(9, h, d)
-    for n in range(3)
+    (x @ qkv[:, n * h * d : (n + 1) * h * d]).reshape(9, h, d) for n in range(3)
   )
   want = np.zeros((9, h, d))
   for i in range(9):

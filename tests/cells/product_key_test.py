@@ -30,7 +30,10 @@ def oracle(cell, params, xs):
     for head in range(h):
       c1, c2 = p["keys"][head]
       scores = np.array(
-        [q[t, head] @ np.concatenate([c1[i // n], c2[i % n]]) for i in range(n * n)]
+        [
+          q[t, head] @ np.concatenate([c1[i // n], c2[i % n]])
+          for i in range(n * n)
+        ]
       )
       best = np.argsort(-scores)[: cell.knn]
       w = np.exp(scores[best] - scores[best].max())
@@ -143,9 +146,9 @@ def test_signature_behaviour():
 
   def update(carry, _):
     params, opt = carry
-    grads = jax.grad(
-      lambda p: jnp.mean(jnp.square(outputs(p) - targets))
-    )(params)
+    grads = jax.grad(lambda p: jnp.mean(jnp.square(outputs(p) - targets)))(
+      params
+    )
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
       change, opt = optimizer.update(grads, opt)
     params = optax.apply_updates(params, change)

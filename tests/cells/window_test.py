@@ -96,9 +96,7 @@ def test_paper_equation(options):
 
 def test_signature_behaviour():
   """It forgets at exactly W, and the sinks stay."""
-  cell = memzoo.make(
-    "window", d_model=6, num_heads=1, capacity=7, sinks=2
-  )
+  cell = memzoo.make("window", d_model=6, num_heads=1, capacity=7, sinks=2)
   window, length, params = 5, 16, perturbed(cell)
   xs = draw(2, length, 6)
   batch = np.stack([xs] * (length + 1))
@@ -179,7 +177,10 @@ def test_state_size():
     (dict(capacity=0), "capacity must be a positive integer, got 0"),
     (dict(num_heads=4), "num_heads=4 must divide d_model=6"),
     (dict(num_heads=2), "even width per head, got 3"),
-    (dict(num_heads=3, num_kv_heads=2), "num_kv_heads=2 must divide num_heads=3"),
+    (
+      dict(num_heads=3, num_kv_heads=2),
+      "num_kv_heads=2 must divide num_heads=3",
+    ),
     (dict(capacity=4, sinks=4), "sinks must be 0 … capacity − 1, got 4"),
     (dict(sinks=-1), "sinks"),
     (dict(conv_size=-1), "conv_size must be 0 or more, got -1"),

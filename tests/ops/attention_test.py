@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memzoo.ops import attention as attention_op
-from memzoo.ops import batched
+from memzoo.ops import attention as attention_op, batched
 from memzoo.ops.attention import empty, positions, read, write
 
 T, K, V, S, C = 37, 5, 3, 7, 16
@@ -107,7 +106,9 @@ def assert_holds(state, past, sinks):
 @pytest.mark.parametrize("sinks", SINKS)
 @pytest.mark.parametrize("form", ["scan", "chunk"])
 def test_paper_equation(form, sinks):
-  for seed, (reset, mask) in enumerate([(0, 1), (0.1, 0.8), (0.02, 0.9), (0.5, 0.5)]):
+  for seed, (reset, mask) in enumerate(
+    [(0, 1), (0.1, 0.8), (0.02, 0.9), (0.5, 0.5)]
+  ):
     c = make(seed=seed, reset=reset, mask=mask)
     past, want = oracle(c, sinks)
     state, out, _ = run(form, c, sinks=sinks)
@@ -164,7 +165,9 @@ def test_lengths(length):
   op = functools.partial(
     attention_op, sinks=2, implementation="chunk", chunk_size=C
   )
-  state, out = jax.jit(op)(empty(S, K, V), c["q"], c["k"], c["v"], reset=c["reset"], mask=c["mask"])
+  state, out = jax.jit(op)(
+    empty(S, K, V), c["q"], c["k"], c["v"], reset=c["reset"], mask=c["mask"]
+  )
   np.testing.assert_allclose(out, want, atol=2e-6)
   assert_holds(state, past, 2)
 
@@ -196,7 +199,8 @@ def test_fresh_ring(form):
     part["reset"] = np.zeros(stop - start, bool)
     if start:
       part = {
-        n: np.concatenate([prefix[n], part[n]]) for n in ("q", "k", "v", "reset", "mask")
+        n: np.concatenate([prefix[n], part[n]])
+        for n in ("q", "k", "v", "reset", "mask")
       }
     past, want = oracle(part, 2)
     np.testing.assert_allclose(
@@ -298,7 +302,9 @@ def test_memory_and_loop_of_the_chunk_form():
   proportion to T."""
 
   def compile_(length):
-    q, k, v = (jax.ShapeDtypeStruct((length, 64), jnp.float32) for _ in range(3))
+    q, k, v = (
+      jax.ShapeDtypeStruct((length, 64), jnp.float32) for _ in range(3)
+    )
     state = empty(256, 64, 64)
     grad = jax.grad(
       lambda q, k, v: jnp.sum(
@@ -316,11 +322,15 @@ def test_memory_and_loop_of_the_chunk_form():
 
 
 def test_vmap_over_heads_and_batch():
-  q, k, v = np.random.default_rng(0).normal(size=(3, 2, T, 3, K)).astype(np.float32)
+  q, k, v = (
+    np.random.default_rng(0).normal(size=(3, 2, T, 3, K)).astype(np.float32)
+  )
   states = jax.tree.map(
     lambda x: jnp.broadcast_to(x, (2, 3, *x.shape)), empty(S, K, K)
   )
-  op = functools.partial(attention_op, sinks=1, implementation="chunk", chunk_size=C)
+  op = functools.partial(
+    attention_op, sinks=1, implementation="chunk", chunk_size=C
+  )
   new, out = jax.jit(batched(op))(states, q, k, v)
   for b in range(2):
     for h in range(3):
@@ -349,9 +359,18 @@ def test_vmap_over_heads_and_batch():
 )
 def test_bad_input(change, words):
   c = {n: jnp.asarray(x) for n, x in make().items()}
-  c.update({n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in change.items()})
+  c.update(
+    {
+      n: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+      for n, x in change.items()
+    }
+  )
   q, k, v = (c.pop(n) for n in "qkv")
   with pytest.raises(ValueError, match=words):
     attention_op(empty(S, K, V), q, k, v, **c)
   with pytest.raises(NotImplementedError, match="has no 'assoc' form"):
-    attention_op(empty(S, K, V), *(jnp.zeros((T, n)) for n in (K, K, V)), implementation="assoc")
+    attention_op(
+      empty(S, K, V),
+      *(jnp.zeros((T, n)) for n in (K, K, V)),
+      implementation="assoc",
+    )

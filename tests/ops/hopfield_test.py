@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from memzoo.core.store import write_all
-from memzoo.ops import hopfield
-from memzoo.ops import separation as separations
+from memzoo.ops import hopfield, separation as separations
 from memzoo.ops.hopfield import HopfieldStore, energy
 
 NAMES = ("softmax", "softmax1", "sparsemax", "entmax15")
@@ -122,7 +121,10 @@ def test_separation_equals_the_oracle(name):
     if name != "softmax1":
       np.testing.assert_allclose(np.sum(got, axis=1), 1, atol=2e-6)
   wide = np.random.default_rng(0).normal(size=(1, 20000)).astype(np.float32)
-  assert checks.relative(SEPARATE(wide)[name][0], oracle_separation(name, wide[0])) < 1e-5
+  assert (
+    checks.relative(SEPARATE(wide)[name][0], oracle_separation(name, wide[0]))
+    < 1e-5
+  )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +134,8 @@ def test_separation_derivatives(name):
   step = 1e-6
   want = np.stack(
     [
-      (oracle_separation(name, z + d) - oracle_separation(name, z - d)) / (2 * step)
+      (oracle_separation(name, z + d) - oracle_separation(name, z - d))
+      / (2 * step)
       for d in step * np.eye(len(z))
     ],
     axis=1,
@@ -306,7 +309,10 @@ def test_bfloat16():
 
   def exact(x, q):
     return np.stack(
-      [np.asarray(x).T @ oracle_separation("softmax", 0.5 * np.asarray(x) @ xi) for xi in q]
+      [
+        np.asarray(x).T @ oracle_separation("softmax", 0.5 * np.asarray(x) @ xi)
+        for xi in q
+      ]
     )
 
   rounded = [np.asarray(a.astype(jnp.float32), np.float64) for a in half]
@@ -349,7 +355,9 @@ def test_store():
   ],
 )
 def test_bad_input(change, words):
-  good = dict(patterns=np.zeros((3, 4), np.float32), query=np.zeros(4, np.float32))
+  good = dict(
+    patterns=np.zeros((3, 4), np.float32), query=np.zeros(4, np.float32)
+  )
   call = {**good, **change}
   with pytest.raises(ValueError, match=words):
     hopfield(call.pop("patterns"), call.pop("query"), **call)

@@ -243,16 +243,14 @@ def test_effects_compose(name):
   c = make("mixed", 2 * C)
   c["reset"] &= c["mask"]  # as the op does
   fields = module.Inputs._fields
-  inputs = module.Inputs(**{
-    k: c["log_decay"][:, 0] if k == "log_decay" else c[k] for k in fields
-  })
+  inputs = module.Inputs(
+    **{k: c["log_decay"][:, 0] if k == "log_decay" else c[k] for k in fields}
+  )
   halves = [jax.tree.map(lambda x, i=i: x[i : i + C], inputs) for i in (0, C)]
 
   @jax.jit
   def both(s):
-    effects = [
-      function.effect(function.prepare(h, c["fresh"])) for h in halves
-    ]
+    effects = [function.effect(function.prepare(h, c["fresh"])) for h in halves]
     return function.apply(function.compose(*effects), s)
 
   whole = jax.jit(
@@ -264,9 +262,9 @@ def test_effects_compose(name):
       function, s, inputs, c["fresh"], chunk_size=C, split=True
     )
   )
-  truth = oracle(name, "scalar", {
-    **c, "log_decay": c["log_decay"][:, :1] * jnp.ones((1, K))
-  })
+  truth = oracle(
+    name, "scalar", {**c, "log_decay": c["log_decay"][:, :1] * jnp.ones((1, K))}
+  )
   assert checks.relative(split(c["s"]), truth) <= checks.FORWARD
 
 
@@ -318,7 +316,11 @@ def test_budgets():
 
     return f
 
-  for name, size in (("delta_rule", None), ("delta_rule", 64), ("linear_attention", 64)):
+  for name, size in (
+    ("delta_rule", None),
+    ("delta_rule", 64),
+    ("linear_attention", 64),
+  ):
     done = jax.jit(jax.grad(loss(name, size))).lower(arrays).compile()
     assert done.memory_analysis().temp_size_in_bytes < 8 * 2**20
     counts = checks.trip_counts(done)
@@ -336,7 +338,9 @@ def test_inverse_with_identical_keys():
     want = np.linalg.inv(np.eye(64) + a)
     got = chunk.unit_lower_inverse(jnp.asarray(a, jnp.float32))
     assert checks.relative(got, want) < 1e-6
-  a = jnp.asarray(np.tril(np.random.default_rng(0).normal(size=(8, 8)), -1), jnp.float32)
+  a = jnp.asarray(
+    np.tril(np.random.default_rng(0).normal(size=(8, 8)), -1), jnp.float32
+  )
   got = jax.grad(lambda a: checks.wave(chunk.unit_lower_inverse(a)))(a)
   want = jax.grad(lambda a: checks.wave(jnp.linalg.inv(jnp.eye(8) + a)))(a)
   assert checks.relative(got, jnp.tril(want, -1)) < 1e-4

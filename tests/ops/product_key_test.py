@@ -26,7 +26,11 @@ def brute_force(query, keys, k):
   concatenation of two half keys, all scores, the k largest."""
   n = keys.shape[1]
   full = np.stack(
-    [np.concatenate([keys[0, i], keys[1, j]]) for i in range(n) for j in range(n)]
+    [
+      np.concatenate([keys[0, i], keys[1, j]])
+      for i in range(n)
+      for j in range(n)
+    ]
   ).astype(np.float64)
   scores = np.asarray(query, np.float64) @ full.T
   indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -108,7 +112,9 @@ def test_gradient_touches_only_what_is_read():
   def chosen(q, c, v):
     s = jnp.einsum("rk,rjk->rj", q, full(q, c), precision="highest")
     return checks.wave(
-      jnp.einsum("rj,rjv->rv", jax.nn.softmax(s), v[indices], precision="highest")
+      jnp.einsum(
+        "rj,rjv->rv", jax.nn.softmax(s), v[indices], precision="highest"
+      )
     )
 
   want = jax.jit(jax.grad(chosen, (0, 1, 2)))(query, keys, values)

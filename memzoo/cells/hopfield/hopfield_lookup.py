@@ -20,8 +20,13 @@ from memzoo.ops.hopfield import hopfield
   year=2020,
   paper="Ramsauer et al. 2020, arXiv:2008.02217",
   write="by gradient",
+  evidence="silver",
   tiny=dict(
-    d_model=6, num_patterns=5, num_heads=2, head_dim=3, steps=2,
+    d_model=6,
+    num_patterns=5,
+    num_heads=2,
+    head_dim=3,
+    steps=2,
     separate_targets=True,
   ),  # fmt: skip
 )

@@ -12,15 +12,12 @@ from memzoo.core.registry import register
 from memzoo.ops import arguments
 from memzoo.ops.attention import (
   State as Ring,
-)
-from memzoo.ops.attention import (
   attention,
   empty,
   positions,
   step,
 )
-from memzoo.ops.conv import conv
-from memzoo.ops.conv import step as conv_step
+from memzoo.ops.conv import conv, step as conv_step
 from memzoo.ops.rotary import rotary
 
 # One position and one count serve all heads.
@@ -38,8 +35,14 @@ class State(NamedTuple):
   year=2020,
   paper="Beltagy et al. 2020, arXiv:2004.05150",
   write="append, oldest out",
+  evidence="silver",
   tiny=dict(
-    d_model=6, num_heads=2, num_kv_heads=1, head_dim=4, capacity=5, sinks=1,
+    d_model=6,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    capacity=5,
+    sinks=1,
     conv_size=3,
   ),  # fmt: skip
 )

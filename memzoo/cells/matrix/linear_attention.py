@@ -27,6 +27,7 @@ class State(NamedTuple):
   year=2020,
   paper="Katharopoulos et al. 2020, arXiv:2006.16236",
   write="add",
+  evidence="silver",
   tiny=dict(d_model=6, num_heads=2, head_dim=3, conv_size=3),
 )
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ class State(NamedTuple):
   year=2014,
   paper="Cho et al. 2014, arXiv:1406.1078",
   write="gated mix",
+  evidence="silver",
   tiny=dict(d_model=6),
 )
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,9 @@ class GRU(cell.Cell):
     params = {
       "w": initializers.glorot_uniform(key_w, (d, 3 * d)),
       "u": jnp.concatenate(
-        [initializers.orthogonal(k, (d, d)) for k in jax.random.split(key_u, 3)],
+        [
+          initializers.orthogonal(k, (d, d)) for k in jax.random.split(key_u, 3)
+        ],
         axis=1,
       ),
       "b": jnp.zeros((3 * d,)),

@@ -23,6 +23,7 @@ class State(NamedTuple):
   year=1997,
   paper="Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735",
   write="gated add",
+  evidence="silver",
   tiny=dict(d_model=6),
 )
 @dataclasses.dataclass(frozen=True)

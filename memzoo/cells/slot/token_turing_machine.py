@@ -30,10 +30,10 @@ class Inputs(NamedTuple):
 
 @register(
   "token_turing_machine",
-  family="slot",
-  year=2022,
+  family="slot", year=2022,
   paper="Ryoo et al. 2022, arXiv:2211.09119",
   write="summarise memory, output and input",
+  evidence="silver",
   tiny=dict(
     d_model=6, memory_size=5, process_size=3, num_heads=2, mlp_dim=7,
     summary_dim=5,

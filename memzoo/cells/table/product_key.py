@@ -20,6 +20,7 @@ _MOMENTUM, _EPS = 0.1, 1e-5  # of the batch norm, as in the authors' code
   year=2019,
   paper="Lample et al. 2019, arXiv:1907.05242",
   write="by gradient, k rows",
+  evidence="silver",
   tiny=dict(d_model=6, num_keys=5, knn=3, key_dim=4, num_heads=2),
 )
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,7 @@ class ProductKey(cell.Cell):
       )
     if self.num_keys**2 >= 2**31:
       raise ValueError(
-        f"ProductKey: num_keys² must be below 2³¹, got num_keys="
-        f"{self.num_keys}"
+        f"ProductKey: num_keys² must be below 2³¹, got num_keys={self.num_keys}"
       )
 
   def init(self, key) -> dict[str, Any]:
@@ -123,9 +123,9 @@ class ProductKey(cell.Cell):
       "variance": jnp.var(q, axis=0) * (count / max(count - 1, 1)),
     }
     moved = jax.tree.map(
-      lambda old, new: (
-        _single(old) + _MOMENTUM * (new - _single(old))
-      ).astype(old.dtype),
+      lambda old, new: (_single(old) + _MOMENTUM * (new - _single(old))).astype(
+        old.dtype
+      ),
       params["buffers"],
       batch,
     )

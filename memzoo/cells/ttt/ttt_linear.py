@@ -39,6 +39,7 @@ class State(NamedTuple):
   year=2024,
   paper="Sun et al. 2024, arXiv:2407.04620",
   write="mini-batch gradient step",
+  evidence="silver",
   tiny=dict(
     d_model=12, num_heads=2, mini_batch_size=4, backbone="mamba", conv_size=3
   ),
@@ -70,8 +71,7 @@ class TTTLinear(cell.Cell):
   Forms: step and scan (primal) O(D K) a token, in order; chunk (dual)
     O(D (K + n)) a token, in T / n sequential steps of matmuls.
   Differs: the loss has a ½, as the code's gradient. Maps start with variance
-    1 / D; the code's 0.02² suits D near 2500. Rotary pairs are halves, which
-    permutes channels. The Mamba block's own convolution is not the layer's.
+    1 / D (the code's 0.02² suits D near 2500). Rotary pairs are halves.
   Paper: Sun, Li, Dalal, Xu, Vikram, Zhang, Dubois, Chen, Wang, Koyejo,
     Hashimoto, Guestrin 2024, "Learning to (Learn at Test Time): RNNs with
     Expressive Hidden States", arXiv:2407.04620, sections 2.3 to 2.7; rates,
