@@ -43,8 +43,8 @@ class LRU(cell.Cell):
   Params: nu_log, theta_log, gamma_log [N]; b_re, b_im [D, N]; c_re, c_im
     [N, D]; d [D].
   Forms: step O(DN) a token; scan hoists B u and C x out of the loop, whose
-    steps are O(N); assoc O(N log T) deep in log T; chunk with T / C serial
-    steps.
+    steps are O(N); assoc the same in O(log T) parallel passes, chunk in
+    passes over 16 tokens and T / 16 serial steps.
   Differs: nothing in the recurrent layer. The block around it (norm, gated
     linear unit, skip) is the model's.
   Paper: Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De 2023,
