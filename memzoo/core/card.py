@@ -8,6 +8,8 @@ from typing import Any
 
 from memzoo.core import cell as cell_lib, registry
 
+# Where a State section goes on from what it is to how it starts.
+_START = re.compile(r"[;,.]\s+(?:both |model )?(?:[Ss]tarts?|from|what)\b")
 _SECTIONS = ("State", "Params", "Forms", "Differs", "Paper")
 
 
@@ -89,7 +91,7 @@ def table() -> str:
   ):
     entry = registry.describe(name)
     state = sections(entry.cls).get("State", "")
-    state = " ".join(re.split(r"[;,] (?:starts? )?from |\. ", state)[0].split())
+    state = " ".join(_START.split(state)[0].rstrip(".").split())
     forms = ", ".join(entry.forms)
     lines.append(
       f"| `{name}` | {entry.family} | {entry.year} | {state} | {entry.write} "

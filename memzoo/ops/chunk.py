@@ -8,7 +8,6 @@ An op gives one pure function of a chunk of C steps, in three parts:
 
 and, where `advance` is affine in the state, its `effect` with `compose` and
 `apply`. From these parts come the XLA forms here, sequence parallelism
-(`memzoo.parallel.scan_sharded`) and the kernels.
 """
 
 from collections.abc import Callable
