@@ -7,7 +7,8 @@ An op gives one pure function of a chunk of C steps, in three parts:
   outputs = emit(state, local)             given the state at the chunk's start
 
 and, where `advance` is affine in the state, its `effect` with `compose` and
-`apply`. From these parts come the XLA forms here, sequence parallelism
+`apply`. The XLA forms here are made of these parts, and kernels and sequence
+parallelism need no others.
 """
 
 from collections.abc import Callable
