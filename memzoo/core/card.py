@@ -58,7 +58,6 @@ def card(name: str, **options) -> str:
     f"{form} {value['forward']:.0e} / {value['gradient']:.0e}"
     for form, value in sorted(facts.get("tolerance", {}).items())
   )
-  flops = facts.get("flops_per_token")
   lines = [
     f"{name} ({entry.family}, {entry.year}): {parts[''].splitlines()[0]}",
     "",
@@ -73,7 +72,7 @@ def card(name: str, **options) -> str:
     f"forms      {', '.join(entry.forms)} (main op: {entry.op or 'its own'})",
     f"tolerance  {tolerance or 'not recorded'}",
     "           (largest relative error to the step loop, values / gradients)",
-    f"FLOPs      {f'{flops:,.0f} a token' if flops else 'not recorded'}",
+    f"FLOPs      {cell_lib.step_flops(cell):,.0f} a token, as XLA counts step",
     f"hardware   {', '.join(facts.get('hardware', ())) or 'not recorded'}",
     f"differs    {' '.join(parts.get('Differs', '').split())}",
   ]

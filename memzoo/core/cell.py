@@ -272,6 +272,13 @@ def param_count(cell: Cell) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def step_flops(cell: Cell) -> float:
+  """Floating-point operations of one step, as XLA counts them."""
+  params = jax.eval_shape(cell.init, jax.random.key(0))
+  lowered = jax.jit(cell.step).lower(params, _state_spec(cell), cell.x_spec)
+  return float(lowered.cost_analysis().get("flops", 0.0))
+
+
 def _state_spec(cell):
   return jax.eval_shape(
     lambda key: cell.initial_state(cell.init(key), key), jax.random.key(0)
