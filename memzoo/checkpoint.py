@@ -130,7 +130,7 @@ def load(workdir, model: nnx.Module, which: str = "best") -> dict[str, Any]:
   """
   if which not in ("best", "latest"):
     raise ValueError(f"which: 'best' or 'latest', got {which!r}")
-  path = epath.Path(workdir) / "checkpoints"
+  path = absolute(workdir) / "checkpoints"
   if not path.is_dir():
     raise CheckpointError(f"there are no checkpoints in {str(workdir)!r}")
   with _manager(path, read_only=True) as manager:
@@ -160,13 +160,20 @@ def variables(model: nnx.Module) -> dict[str, Any]:
   }
 
 
+def absolute(workdir) -> epath.Path:
+  """`workdir` from the root: Orbax takes no relative paths. A bucket's path
+  (gs://…) stays as it is."""
+  path = epath.Path(workdir)
+  return path if "://" in str(path) else path.expanduser().absolute()
+
+
 def open_workdir(workdir) -> epath.Path:
   """Makes `workdir` and tries to write there.
 
   Raises:
     WorkdirError: where that fails.
   """
-  path = epath.Path(workdir)
+  path = absolute(workdir)
   probe = path / f".writable-{jax.process_index()}"
   try:
     path.mkdir(parents=True, exist_ok=True)

@@ -508,6 +508,19 @@ def test_evaluation_averages_by_weight_and_carries_the_memory():
 # A whole run
 
 
+def test_a_relative_workdir(tmp_path, monkeypatch):
+  """As people type it: saves, resumes, loads."""
+  monkeypatch.chdir(tmp_path)
+  config, model, task = make(steps=2, checkpoint_every=1)
+  training.fit(config, model, task, workdir="runs/a")
+  again = Tiny(jax.random.key(8))
+  resumed = training.fit(config, again, task, workdir="runs/a")
+  assert resumed["resumed_from"] == 2 and digest(again) == digest(model)
+  loaded = Tiny(jax.random.key(9))
+  training.load("runs/a", loaded, "latest")
+  assert digest(loaded) == digest(model)
+
+
 def test_fit_learns_and_reports(tmp_path):
   config, model, task = make(
     steps=300, eval_every=50, log_every=50, learning_rate=3e-2
