@@ -294,13 +294,9 @@ def draw(table, path) -> None:
             steps, [100 * v for v in values], color=colour[r["cell"]],
             label=label, linewidth=1.5,
           )  # fmt: skip
-      size = max(r["state_size"], 1)
       bottom.errorbar(
-        size, r["accuracy"], yerr=r["spread"], fmt="o", color=colour[r["cell"]]
-      )
-      bottom.annotate(
-        r["cell"], (size, r["accuracy"]), textcoords="offset points",
-        xytext=(6, 4), fontsize=8,
+        max(r["state_size"], 1), r["accuracy"], yerr=r["spread"], fmt="o",
+        color=colour[r["cell"]], label=r["cell"],
       )  # fmt: skip
     for axis in (top, bottom):
       axis.axhline(rows[0]["chance"], color="grey", linestyle=":", linewidth=1)
@@ -310,6 +306,7 @@ def draw(table, path) -> None:
     top.set_xlabel("step")
     top.set_ylabel("test accuracy, %")
     top.legend(fontsize=8, loc="lower right")
+    bottom.legend(fontsize=8, loc="lower left")
     bottom.set_xscale("log")
     bottom.margins(x=0.25)
     bottom.set_xlabel("floats held between two tokens")
