@@ -12,6 +12,7 @@ parallelism need no others.
 """
 
 from collections.abc import Callable
+from functools import partial
 import math
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class ChunkFunction(NamedTuple):
     effect: local -> what the chunk does to any state, where it is affine.
     compose: (effect, effect) -> effect, the earlier first.
     apply: (effect, state) -> state.
+    both: (state, local) -> (advance, emit), where the two share work.
   """
 
   prepare: Callable[[Any, Any], Any]
@@ -39,10 +41,13 @@ class ChunkFunction(NamedTuple):
   effect: Callable[[Any], Any] | None = None
   compose: Callable[[Any, Any], Any] | None = None
   apply: Callable[[Any, Any], Any] | None = None
+  both: Callable[[Any, Any], Any] | None = None
 
   def __call__(self, state, inputs, constants=()):
     """One chunk: (state, inputs [C, ...]) -> (state, outputs [C, ...])."""
     local = self.prepare(inputs, constants)
+    if self.both is not None:
+      return self.both(state, local)
     return self.advance(state, local), self.emit(state, local)
 
 
@@ -154,25 +159,47 @@ def segment_sums(g: jax.Array) -> jax.Array:
   return matmul(lower(size).astype(jnp.float32), terms)
 
 
-@jax.custom_vjp
-def unit_lower_inverse(a: jax.Array) -> jax.Array:
-  """The inverse of I + a, for a strictly lower triangular [C, C].
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def unit_lower_solve(
+  a: jax.Array, right: jax.Array, dtype=jnp.float32
+) -> jax.Array:
+  """The solution y of (I + a) y = right, for a strictly lower triangular a.
 
-  By doubling blocks: the inverse of [[P, 0], [R, Q]] is
+  By the inverse, in doubling blocks: that of [[P, 0], [R, Q]] is
   [[P⁻¹, 0], [−Q⁻¹ R P⁻¹, Q⁻¹]]. No power of `a` is formed: products such as
   (I − a)(I + a²)(I + a⁴)… have terms that grow with C where keys are alike.
+  The inverse is named 'inverse' for checkpoint policies.
 
   Args:
     a: float32 [C, C], C a power of two; what stands on and above the diagonal
       is not read.
+    right: float32 [C, N].
+    dtype: of the operands of the products with the inverse.
 
   Returns:
-    float32 [C, C].
+    float32 [C, N].
   """
-  return _inverse(a)
+  return _solve_fwd(a, right, dtype)[0]
 
 
-def _inverse(a):
+def _solve_fwd(a, right, dtype):
+  inverse = checkpoint_name(unit_lower_inverse(a), "inverse")
+  y = matmul(inverse, right, dtype)
+  return y, (inverse, y)
+
+
+def _solve_bwd(dtype, saved, g):
+  inverse, y = saved
+  right = matmul(inverse.T, g, dtype)
+  d = -matmul(right, y.T, dtype)
+  return jnp.where(lower(y.shape[0], strict=True), d, 0.0), right
+
+
+unit_lower_solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def unit_lower_inverse(a: jax.Array) -> jax.Array:
+  """The inverse that `unit_lower_solve` applies: float32 [C, C]."""
   size = a.shape[0]
   i = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
   j = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
@@ -188,19 +215,6 @@ def _inverse(a):
       x = x - matmul(matmul(x, off), x)
     block *= 2
   return x
-
-
-def _inverse_fwd(a):
-  x = checkpoint_name(_inverse(a), "inverse")
-  return x, x
-
-
-def _inverse_bwd(x, g):
-  d = -matmul(matmul(x.T, g), x.T)
-  return (jnp.where(lower(x.shape[0], strict=True), d, 0.0),)
-
-
-unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
 
 
 def power_of_two(name: str, size: int) -> int:

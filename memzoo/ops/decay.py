@@ -2,8 +2,8 @@
 
 For S_t = a_t S_{t−1} + …, a chunk needs the decay between every pair of its
 steps, from its start to each step, and from each step to its end. Here they
-come from per-pair sums of log a, with what is dead masked before any matmul:
-a reset and a log-decay of −inf are never numbers.
+come from per-pair sums of log a, with what is dead masked before any matmul: a
+reset is never a number, and a log-decay of −inf is `FLOOR`.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.ops import chunk
+
+# Stands for −inf: its exponential is exactly 0, and so is its gradient.
+FLOOR = -1e4
 
 
 class Decays(NamedTuple):
@@ -94,30 +97,30 @@ def decays(
       ends_live=live[-1],
       poison=poison,
     )
-  g = log_decay.astype(jnp.float32)
-  cut = jnp.isneginf(g)
-  g = jnp.where(cut, 0.0, g)
+  g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
   if mask is not None:
-    there = mask if g.ndim == 1 else mask[:, None]
-    g, cut = jnp.where(there, g, 0.0), cut & there
-  cut = cut.astype(jnp.float32)
-  columns = g.reshape(size, -1)
-  cuts = cut.reshape(size, -1)
-  inside = same.astype(jnp.float32)
-  into = _factor(chunk.matmul(inside, columns), chunk.matmul(inside, cuts))
-  later = chunk.lower(size, strict=True).T.astype(jnp.float32)
-  to_end = _factor(chunk.matmul(later, columns), chunk.matmul(later, cuts))
-  onto = jnp.where(pairs_to_end(same, mask)[:, None], to_end, 0.0)
-  through = jnp.where(live[-1], into[-1], 0.0)
+    g = jnp.where(mask if g.ndim == 1 else mask[:, None], g, 0.0)
+  into = jnp.exp(_sums(same, g))
   factor = blocks = None
   if g.ndim == 1:
-    sums, crossed = chunk.segment_sums(g), chunk.segment_sums(cut)
-    factor = jnp.where(pairs, _factor(sums, crossed), 0.0)
+    sums = chunk.segment_sums(g)
+    factor = jnp.where(pairs, jnp.exp(jnp.where(pairs, sums, 0.0)), 0.0)
+    to_end = sums[-1][:, None]
   else:
-    blocks = _blocks(g, cut, min(sub_block, size))
+    to_end = _sums(chunk.lower(size, strict=True).T, g)
+    blocks = _blocks(g, min(sub_block, size))
+  onto = jnp.where(pairs_to_end(same, mask)[:, None], jnp.exp(to_end), 0.0)
+  through = jnp.where(live[-1], into[-1], 0.0)
   return Decays(
     pairs, factor, blocks, into, onto, through, live, live[-1], poison
   )
+
+
+def _sums(where, g):
+  """Sums of g [C] or [C, K] over the steps that `where` [C, C] picks."""
+  if g.ndim == 1:  # cheaper than a product with one column
+    return jnp.sum(jnp.where(where, g[None, :], 0.0), axis=1, keepdims=True)
+  return chunk.matmul(where.astype(jnp.float32), g)
 
 
 def pairs_to_end(same, mask):
@@ -125,41 +128,37 @@ def pairs_to_end(same, mask):
   return same[-1] if mask is None else same[-1] & mask
 
 
-def _factor(sums, cuts):
-  return jnp.where(cuts > 0, 0.0, jnp.exp(jnp.where(cuts > 0, 0.0, sums)))
-
-
-def _blocks(g, cut, size):
+def _blocks(g, size):
   count, width = g.shape[0] // size, g.shape[1]
-  both = jnp.stack([g, cut]).reshape(2, count, size, width)
+  g = g.reshape(count, size, width)
   low = chunk.lower(size).astype(jnp.float32)
   strict = chunk.lower(size, strict=True).astype(jnp.float32)
   # between[i, j, l] = 1 for l in (j, i].
   between = low[:, None, :] * strict.T[None, :, :]
-  inside = chunk.matmul(between.reshape(size * size, size), both).reshape(
-    2, count, size, size, width
+  inside = chunk.matmul(between.reshape(size * size, size), g).reshape(
+    count, size, size, width
   )
-  head = chunk.matmul(low, both)
-  tail = chunk.matmul(strict.T, both)
-  total = head[:, :, -1]
+  head = chunk.matmul(low, g)
+  tail = chunk.matmul(strict.T, g)
   # skipped[I, J, b] = 1 for J < b < I.
   blow = chunk.lower(count, strict=True).astype(jnp.float32)
   skipped = blow[:, None, :] * blow.T[None, :, :]
-  middle = chunk.matmul(skipped.reshape(count * count, count), total).reshape(
-    2, count, count, 1, width
-  )
-  tail = tail[:, None] + middle
-  return Blocks(_factor(*inside), _factor(*head), _factor(*tail))
+  middle = chunk.matmul(skipped.reshape(count * count, count), head[:, -1])
+  tail = tail[None] + middle.reshape(count, count, 1, width)
+  return Blocks(jnp.exp(inside), jnp.exp(head), jnp.exp(tail))
 
 
-def scores(q, k, d: Decays, dtype=jnp.float32, strict: bool = False):
+def scores(q, k, d: Decays, dtype=jnp.float32):
   """Σ_c q_ic k_jc (decay of c over (j, i]), zero off `pairs`: f32 [C, C].
 
   Args:
-    q: [C, K]; k: [C, K]; d: the chunk's decays.
+    q: [C, K], or [N, C, K] for N sets of queries at once: [N, C, C].
+    k: [C, K].
+    d: the chunk's decays.
     dtype: of the operands of the matmuls.
-    strict: leave the diagonal out.
   """
+  if q.ndim == 3:
+    return jax.vmap(lambda x: scores(x, k, d, dtype))(q)
   size = q.shape[0]
   if d.blocks is None:
     out = chunk.matmul(q, k.T, dtype) * d.factor
@@ -180,8 +179,7 @@ def scores(q, k, d: Decays, dtype=jnp.float32, strict: bool = False):
     far = jnp.where(i > j, far, 0.0)
     eye = jnp.eye(count, dtype=jnp.float32)[:, None, :, None]
     out = (far + near[:, :, None, :] * eye).reshape(size, size)
-  pairs = d.pairs & chunk.lower(size, strict=True) if strict else d.pairs
-  return jnp.where(pairs, out, 0.0)
+  return jnp.where(d.pairs, out, 0.0)
 
 
 def quarantine(reset, mask, log_decay, *tensors):

@@ -134,9 +134,7 @@ def _prepare(inputs: Inputs, fresh) -> Local:
   mm = partial(chunk.matmul, dtype=q.dtype)
   beta = beta.astype(jnp.float32)[:, None]
   q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-  inverse = chunk.unit_lower_inverse(
-    beta * decay.scores(k, k, d, q.dtype, strict=True)
-  )
+  scores = decay.scores(jnp.stack([q, k]), k, d, q.dtype)
   live = d.live[:, None]
   k_in, q_in = k32 * d.into, q32 * d.into
   right = beta * v.astype(jnp.float32)
@@ -146,14 +144,16 @@ def _prepare(inputs: Inputs, fresh) -> Local:
     right -= beta * mm(jnp.where(live, 0.0, k_in), fresh)
     out = mm(jnp.where(live, 0.0, q_in), fresh)
     kept = jnp.where(d.ends_live, 0.0, d.into[-1])[:, None] * fresh
-  both = mm(
-    inverse, jnp.concatenate([right, jnp.where(live, beta * k_in, 0.0)], 1)
+  both = chunk.unit_lower_solve(
+    beta * scores[1],
+    jnp.concatenate([right, jnp.where(live, beta * k_in, 0.0)], 1),
+    q.dtype,
   )
   u, w = both[:, : v.shape[1]], both[:, v.shape[1] :]
   return Local(
     u=u,
     w=w,
-    scores=decay.scores(q, k, d, q.dtype),
+    scores=scores[0],
     out=out,
     q_in=jnp.where(live, q_in, 0.0),
     k_out=k32 * d.onto,
@@ -192,33 +192,38 @@ def _apply(effect, s):
   return chunk.matmul(effect[0], s) + effect[1]
 
 
-def _corrections(s, local: Local):
-  s, spoiled = decay.enter(s, local.live, local.live is not None)
-  return s, local.u - chunk.matmul(local.w, s, local.v.dtype), spoiled
+def _read(s, local: Local):
+  """What the chunk reads of the state: (corrections [C, V], queries [C, V])."""
+  both = chunk.matmul(jnp.concatenate([local.w, local.q_in]), s, local.v.dtype)
+  size = local.w.shape[0]
+  return local.u - both[:size], both[size:]
 
 
 def _advance(s, local: Local):
-  old = s
-  s, u, spoiled = _corrections(s, local)
-  new = chunk.matmul(local.k_out.T, u, local.v.dtype)
-  new = _close(local.through[:, None] * s + new, local)
-  if spoiled is not None:
-    new = jnp.where(spoiled[-1], old, new)
-  return new
+  return _both(s, local)[0]
 
 
 def _emit(s, local: Local):
+  return _both(s, local)[1]
+
+
+def _both(s, local: Local):
   dtype = local.v.dtype
-  s, u, spoiled = _corrections(s, local)
-  out = chunk.matmul(local.q_in, s, dtype)
+  old = s
+  s, spoiled = decay.enter(s, local.live, local.live is not None)
+  u, out = _read(s, local)
+  new = chunk.matmul(local.k_out.T, u, dtype)
+  new = _close(local.through[:, None] * s + new, local)
+  if spoiled is not None:
+    new = jnp.where(spoiled[-1], old, new)
   out += chunk.matmul(local.scores, u, dtype)
   if local.out is not None:
     out += local.out
-  return decay.spoil(out, local.poison, spoiled).astype(dtype)
+  return new, decay.spoil(out, local.poison, spoiled).astype(dtype)
 
 
 FUNCTION = chunk.ChunkFunction(
-  _prepare, _advance, _emit, _effect, _compose, _apply
+  _prepare, _advance, _emit, _effect, _compose, _apply, _both
 )
 
 

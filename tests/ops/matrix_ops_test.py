@@ -37,27 +37,28 @@ def oracle(name, decay, c):
     if c["reset"][t]:
       s = c["fresh"].copy()
     q, k, v = c["q"][t], c["k"][t], c["v"][t]
-    alpha = np.ones(K)
+    alpha = np.ones(len(k))
     if decay != "none":
       g = c["log_decay"][t]
-      alpha = np.exp(g if decay == "channel" else np.full(K, g[0]))
+      alpha = np.exp(g if decay == "channel" else np.full(len(k), g[0]))
     if name == "linear_attention":
       s = alpha[:, None] * s + np.outer(k, v)
     else:  # S (the paper's transposed) = (I − β k kᵀ) Diag(α) S + β k vᵀ
       b = c["beta"][t]
-      s = (np.eye(K) - b * np.outer(k, k)) @ (alpha[:, None] * s)
+      s = (np.eye(len(k)) - b * np.outer(k, k)) @ (alpha[:, None] * s)
       s = s + b * np.outer(k, v)
     outputs[t] = s.T @ q
   return s, outputs
 
 
-def make(case, length=T, seed=0):
+def make(case, length=T, seed=0, width=(K, V)):
   r = np.random.default_rng(seed)
+  keys = (length, width[0])
   c = dict(
-    s=r.normal(size=(K, V)), q=r.normal(size=(length, K)),
-    k=r.normal(size=(length, K)), v=r.normal(size=(length, V)),
-    beta=r.uniform(0, 2, length), log_decay=-r.uniform(0, 1, (length, K)),
-    fresh=r.normal(size=(K, V)), reset=np.zeros(length, bool),
+    s=r.normal(size=width), q=r.normal(size=keys), k=r.normal(size=keys),
+    v=r.normal(size=(length, width[1])),
+    beta=r.uniform(0, 2, length), log_decay=-r.uniform(0, 1, keys),
+    fresh=r.normal(size=width), reset=np.zeros(length, bool),
     mask=np.ones(length, bool),
   )  # fmt: skip
   if case == "identical keys":
@@ -91,7 +92,7 @@ def make(case, length=T, seed=0):
   }
 
 
-def call(name, decay, form, c, flags=True, **kwargs):
+def call(name, decay, form, c, flags=True, size=C, **kwargs):
   op = getattr(ops, name)
   if name == "delta_rule":
     kwargs["beta"] = c["beta"]
@@ -101,8 +102,9 @@ def call(name, decay, form, c, flags=True, **kwargs):
   if flags:
     kwargs.update(reset=c["reset"], mask=c["mask"], fresh=c["fresh"])
   return op(
-    c["s"], c["q"], c["k"], c["v"], implementation=form, chunk_size=C, **kwargs
-  )
+    c["s"], c["q"], c["k"], c["v"], implementation=form, chunk_size=size,
+    **kwargs,
+  )  # fmt: skip
 
 
 FLOATS = ("s", "q", "k", "v", "beta", "log_decay", "fresh")
@@ -166,6 +168,30 @@ def test_drawn_resets_masks_and_gates(name, data):
   (state, out), _ = run(name, "scalar", "chunk", cases)
   truth = oracle(name, "scalar", c)
   assert checks.relative((state[0], out[0]), truth) <= checks.FORWARD
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+@pytest.mark.parametrize("name", OPS)
+def test_drawn_shapes(name, data):
+  """Any T, K, V, chunk size and kind of decay, with drawn flags and gates."""
+  few = st.integers(1, 7)
+  length = data.draw(st.integers(1, 40), "T")
+  width = data.draw(few, "K"), data.draw(few, "V")
+  size = data.draw(st.sampled_from((1, 2, 4, 8, 32)), "C")
+  decay = data.draw(st.sampled_from(DECAYS))
+  c = make("plain", length, data.draw(st.integers(0, 9)), width)
+  bits = lambda: data.draw(st.lists(st.booleans(), min_size=length,
+                                    max_size=length))  # fmt: skip
+  gates = st.sampled_from([0.0, -1e-4, -0.5, -20.0, -np.inf])
+  size_g = length * width[0]
+  g = data.draw(st.lists(gates, min_size=size_g, max_size=size_g))
+  c.update(
+    reset=jnp.asarray(bits()), mask=jnp.asarray(bits()),
+    log_decay=jnp.asarray(g, jnp.float32).reshape(length, width[0]),
+  )  # fmt: skip
+  got = jax.jit(lambda c: call(name, decay, "chunk", c, size=size))(c)
+  assert checks.relative(got, oracle(name, decay, c)) <= checks.FORWARD
 
 
 @pytest.mark.parametrize("length", (1, C - 1, C, C + 1))
@@ -328,22 +354,31 @@ def test_budgets():
     assert not any("4096,64,64" in line for line in done.as_text().splitlines())
 
 
-def test_inverse_with_identical_keys():
-  """The unit lower triangular inverse keeps its digits where powers of the
+def test_triangular_solve_with_identical_keys():
+  """The unit lower triangular solve keeps its digits where powers of the
   matrix lose all of them (beta 1, keys alike: entries of 1)."""
   from memzoo.ops import chunk
 
   for cosine in (0.9, 1.0):
     a = np.tril(np.full((64, 64), cosine), -1)
-    want = np.linalg.inv(np.eye(64) + a)
-    got = chunk.unit_lower_inverse(jnp.asarray(a, jnp.float32))
-    assert checks.relative(got, want) < 1e-6
-  a = jnp.asarray(
-    np.tril(np.random.default_rng(0).normal(size=(8, 8)), -1), jnp.float32
-  )
-  got = jax.grad(lambda a: checks.wave(chunk.unit_lower_inverse(a)))(a)
-  want = jax.grad(lambda a: checks.wave(jnp.linalg.inv(jnp.eye(8) + a)))(a)
+    right = np.random.default_rng(1).normal(size=(64, 3))
+    want = np.linalg.solve(np.eye(64) + a, right)
+    single = [jnp.asarray(x, jnp.float32) for x in (a, right)]
+    assert checks.relative(chunk.unit_lower_solve(*single), want) < 1e-6
+  r = np.random.default_rng(0)
+  single = [
+    jnp.asarray(x, jnp.float32)
+    for x in (np.tril(r.normal(size=(8, 8)), -1), r.normal(size=(8, 3)))
+  ]
+  grads = [
+    jax.grad(lambda a, b: checks.wave(solve(a, b)), (0, 1))(*single)
+    for solve in (
+      chunk.unit_lower_solve, lambda a, b: jnp.linalg.inv(jnp.eye(8) + a) @ b
+    )
+  ]  # fmt: skip
+  (got, got_right), (want, want_right) = grads
   assert checks.relative(got, jnp.tril(want, -1)) < 1e-4
+  assert checks.relative(got_right, want_right) < 1e-5
 
 
 @pytest.mark.parametrize("name", OPS)
