@@ -4,7 +4,7 @@ A grid, every memory at the best rate of a small sweep:
 
   python -m experiments.compare --cells=gru,lru,gated_delta \\
     --tasks=mqar_small,mnist1d --learning_rates=1e-3,3e-3,1e-2 --seeds=0,1,2 \\
-    --steps=1000 --workdir=runs/compare
+    --sizes='d_model=32;d_model=64' --steps=1000 --workdir=runs/compare
 
 or flag files of `experiments.train`, each as it stands:
 
@@ -17,22 +17,28 @@ with the option `holdout` keeps `--holdout` of its training data out of the
 sweep, and the runs that are reported train on all of it. What is reported is
 the test split, at the last step.
 
-The same command goes on where it stopped: finished runs are in
-`results.jsonl`, an unfinished one resumes from its checkpoint. The workdir
-gets `table.md`, `table.json` and `compare.png`.
+A run uses all devices that it sees. With `--jobs=N` N runs go on side by side,
+each in a process of its own with its share of the devices (of the cores, on a
+CPU): small runs fill a machine so.
+
+The same command goes on where it stopped, and a wider one adds to what is
+there: finished runs are in `results.jsonl`, an unfinished one resumes from its
+checkpoint. The workdir gets `table.md`, `table.csv`, `table.json` and the
+figures of `experiments.plots`.
 """
 
+import concurrent.futures
+import functools
 import glob
-import hashlib
 import json
-import math
+import os
+import signal
+import subprocess
+import sys
 
 from absl import app, flags
-from etils import epath
-import jax
-import numpy as np
 
-from experiments import train
+from experiments import plots, results, train
 from memzoo import tasks, training
 from memzoo.core import dispatch
 
@@ -41,16 +47,16 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("cells", [], "Memories to compare, by name.")
 flags.DEFINE_list("tasks", [], "Tasks to compare them on, by preset.")
 flags.DEFINE_list("learning_rates", [], "Rates of the sweep.")
+flags.DEFINE_string(
+  "sizes",
+  "",
+  "Options of models or cells: 'd_model=32;d_model=64,lru.d_state=9'.",
+)
 flags.DEFINE_list("seeds", ["0"], "Seeds of the runs that are reported.")
 flags.DEFINE_list("runs", [], "Flag files of experiments.train; globs may.")
 flags.DEFINE_integer("holdout", 800, "Training examples kept out of a sweep.")
 flags.DEFINE_integer("limit_steps", None, "Cut every run: for a quick look.")
-
-# Flags of a run that its numbers do not depend on.
-QUIET = (
-  "workdir", "log_every", "checkpoint_every", "profile", "flagfile",
-  "undefok", *train.MACHINE,
-)  # fmt: skip
+flags.DEFINE_integer("jobs", 1, "Runs that go on side by side.", lower_bound=1)
 
 
 def run_flags(*sources, **own):
@@ -70,141 +76,229 @@ def run_flags(*sources, **own):
   return values
 
 
-def cell_flags(*sources, cell, **own):
-  """`run_flags`, less the cell options of the other memories of the grid."""
+def cell_flags(*sources, cell, size="", **own):
+  """`run_flags` at a size, less the cell options of the grid's other memories.
+
+  An option of `size` that is a flag of experiments.train is that flag, and any
+  other is an option of the cell.
+  """
+  known = train.flag_names()
+  chosen = train.parse_options(size)
+  own |= {name: value for name, value in chosen.items() if name in known}
   values = run_flags(*sources, cell=cell, **own)
   given = train.parse_options(values.cell_options)
+  given |= {name: value for name, value in chosen.items() if name not in known}
   mine = {n: v for n, v in given.items() if n.rpartition(".")[0] in ("", cell)}
   values.cell_options = json.dumps(mine, sort_keys=True) if mine else ""
   return values
 
 
-def identity(values) -> dict:
-  """What a run's numbers depend on: {flag: value}."""
-  return {n: values[n].value for n in sorted(values) if n not in QUIET}
+class Runner:
+  """Runs what the store lacks, in this process or in several.
+
+  Args:
+    store: of `results`.
+    workdir: the runs' own are in it.
+    jobs: how many at once.
+    stop: tells whether to stop.
+  """
+
+  def __init__(self, store, workdir, jobs, stop):
+    self.store, self.workdir, self.jobs = store, workdir, jobs
+    self.stop = stop
+    self.devices = None
+    if jobs > 1:
+      self.devices = platform, count = devices()
+      if platform != "cpu" and jobs > count:
+        raise ValueError(f"--jobs={jobs}, and there are {count} devices")
+
+  def __call__(self, runs) -> list[dict]:
+    """The rows of [(flags, split)], in their order.
+
+    Raises:
+      RuntimeError: where a run in a process of its own failed; the others are
+        finished and kept.
+    """
+    todo = {}
+    for values, split in runs:
+      values.eval_split = split
+      name = results.key(values)
+      if name not in self.store.rows:
+        todo.setdefault(name, (values, split))
+    if self.jobs == 1:
+      for values, split in todo.values():
+        self._finish(values, split, self._here(values, split))
+    else:
+      self._apart(todo)
+    return [self.store.rows[results.key(values)] for values, _ in runs]
+
+  def _finish(self, values, split, result):
+    if result["stopped"]:
+      raise SystemExit(0)
+    curve = read_curve(self._folder(values))
+    self.store.add(results.row(values, split, result, curve))
+
+  def _folder(self, values):
+    return self.workdir / "runs" / results.key(values)
+
+  def _announce(self, values, split):
+    label = f"{values.task} {','.join(values.cell)} lr {values.learning_rate:g}"
+    print(f"== {label} seed {values.seed} ({split})", flush=True)
+
+  def _here(self, values, split):
+    self._announce(values, split)
+    values.workdir = str(self._folder(values))
+    return train.run(values, self.stop)
+
+  def _apart(self, todo):
+    free = list(range(self.jobs))
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+      started = {
+        pool.submit(self._child, values, split, free): (values, split)
+        for values, split in todo.values()
+      }
+      for done in concurrent.futures.as_completed(started):
+        result = done.result()
+        if isinstance(result, dict) and not result["stopped"]:
+          self._finish(*started[done], result)
+        elif isinstance(result, str):
+          failed.append(result)
+    if failed:
+      raise RuntimeError("; ".join(failed))
+    if self.stop():
+      raise SystemExit(0)
+
+  def _child(self, values, split, free):
+    """One run in a process of its own: its result, or what went wrong."""
+    if self.stop():
+      return None
+    slot = free.pop()
+    env, first = share(slot, self.jobs, *self.devices)
+    try:
+      self._announce(values, split)
+      folder = self._folder(values)
+      folder.mkdir(parents=True, exist_ok=True)
+      values.workdir = str(folder)
+      arguments = [
+        values[name].serialize()
+        for name in train.flag_names()
+        if values[name].value is not None
+      ]
+      log = folder / "log.txt"
+      with log.open("w") as file:
+        child = subprocess.Popen(
+          [sys.executable, "-m", "experiments.train",
+           *filter(None, arguments)],
+          stdout=file, stderr=subprocess.STDOUT, text=True, env=env,
+          preexec_fn=first,
+        )  # fmt: skip
+        while child.poll() is None:
+          try:
+            child.wait(0.5)
+          except subprocess.TimeoutExpired:
+            if self.stop():
+              child.send_signal(signal.SIGTERM)
+              child.wait()
+      lines = log.read_text().splitlines()
+      if child.returncode:
+        why = lines[-1] if lines else f"exit status {child.returncode}"
+        return f"a run failed ({log}): {why}"
+      return json.loads(lines[-1])
+    finally:
+      free.append(slot)
 
 
-def key(values) -> str:
-  text = json.dumps(identity(values), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Store:
-  """Finished runs, one JSON line each; a cut line is dropped."""
-
-  def __init__(self, path):
-    self.path, self.rows = path, {}
-    text = path.read_text() if path.exists() else ""
-    good = []
-    for line in text.splitlines():
-      try:
-        row = json.loads(line)
-        self.rows[row["key"]] = row
-        good.append(line)
-      except (json.JSONDecodeError, KeyError):
-        continue
-    if text:
-      path.write_text("".join(line + "\n" for line in good))
-
-  def add(self, row):
-    self.rows[row["key"]] = row
-    text = self.path.read_text() if self.path.exists() else ""
-    self.path.write_text(text + json.dumps(row) + "\n")
-
-
-def state_size(model) -> int:
-  """Floats that the model carries from token to token, for one sequence."""
-  state = jax.eval_shape(lambda: model.initial_state(1))
-  count = lambda x: x.size * (2 if "complex" in x.dtype.name else 1)
-  return sum(
-    count(x)
-    for x in jax.tree.leaves(state)
-    if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+def devices() -> tuple[str, int]:
+  """(platform, number of local devices), asked of another process: one that
+  opens an accelerator keeps it from its children."""
+  ask = "import jax; print(jax.default_backend(), jax.local_device_count())"
+  done = subprocess.run(
+    [sys.executable, "-c", ask], capture_output=True, text=True
   )
+  if done.returncode:
+    raise RuntimeError(f"no device to run on: {done.stderr.strip()[-200:]}")
+  platform, count = done.stdout.split()[-2:]
+  return platform, int(count)
 
 
-def execute(store, values, split: str, workdir, stop) -> dict:
-  """Runs `values`, or takes the stored result, and returns its row."""
-  values.eval_split = split
-  name = key(values)
-  if name in store.rows:
-    return store.rows[name]
-  task, model = train.build(values)
-  label = f"{values.task} {','.join(values.cell)} lr {values.learning_rate:g}"
-  print(f"== {label} seed {values.seed} ({split})", flush=True)
-  folder = workdir / "runs" / name
-  values.workdir = str(folder)
-  result = train.run(values, stop)
-  if result["stopped"]:
-    raise SystemExit(0)
-  row = dict(
-    key=name, task=values.task, cell=",".join(values.cell), split=split,
-    learning_rate=values.learning_rate, seed=values.seed, steps=values.steps,
-    metrics=result["eval"], best=result["best"], train=result["train"],
-    state_size=state_size(model), parameters=result["parameters"],
-    tokens_per_second=result["tokens_per_second"], seconds=result["seconds"],
-    chance=task.chance,
-    curve=curve(folder, split), flags=identity(values),
-  )  # fmt: skip
-  store.add(row)
-  return row
+def share(slot: int, jobs: int, platform: str, count: int):
+  """(environment, function to call first) of a process with its share."""
+  env = dict(os.environ)
+  if platform != "cpu":
+    name = (
+      "TPU_VISIBLE_DEVICES" if platform == "tpu" else "CUDA_VISIBLE_DEVICES"
+    )
+    every = [d for d in env.get(name, "").split(",") if d] or range(count)
+    env[name] = ",".join(map(str, list(every)[slot::jobs]))
+    return env, None
+  if not hasattr(os, "sched_setaffinity"):
+    return env, None
+  cores = sorted(os.sched_getaffinity(0))
+  mine = cores[slot::jobs] or cores
+  return env, lambda: os.sched_setaffinity(0, mine)
 
 
-def curve(folder, split) -> list:
+def read_curve(folder) -> list:
   """[[step, accuracy or loss]] of the evaluations of a run."""
-  path = folder / "metrics.jsonl"
   points = []
-  for line in path.read_text().splitlines():
+  for line in (folder / "metrics.jsonl").read_text().splitlines():
     row = json.loads(line)
     if row.get("split") == "eval":
       points.append([row["step"], row.get("accuracy", row.get("loss"))])
   return points
 
 
-def plan(store, workdir, stop) -> list[dict]:
-  """All runs that are reported, after the sweeps that choose their rates."""
+def plan(run, store) -> None:
+  """All sweeps, then all runs that are reported."""
   names = set(train.flag_names()) - {"workdir"}
   own = [FLAGS[n].serialize() for n in sorted(names) if FLAGS[n].present]
-  rows = []
-  for path in files(FLAGS.runs):
-    for seed in FLAGS.seeds:
-      arguments = [f"--flagfile={path}"]
-      values = run_flags(arguments, own, seed=seed)
-      rows.append(execute(store, values, "test", workdir, stop))
-  for task in FLAGS.tasks:
-    for cell in FLAGS.cells:
-      base = dict(task=task, cell=cell)
-      rate = best_rate(store, own, base, workdir, stop)
-      for seed in FLAGS.seeds:
-        values = cell_flags(own, **base, seed=seed, **rate)
-        rows.append(execute(store, values, "test", workdir, stop))
-  return rows
+  grid = [
+    (size, functools.partial(cell_flags, own, task=task, cell=cell, size=size))
+    for task in FLAGS.tasks
+    for cell in FLAGS.cells
+    for size in (s.strip() for s in FLAGS.sizes.split(";"))
+  ]
+  chosen = [
+    ("", functools.partial(run_flags, [f"--flagfile={path}"], own), path)
+    for path in files(FLAGS.runs)
+  ]
+  chosen += [
+    (size, functools.partial(base, **rate), None)
+    for (size, base), rate in zip(grid, sweep(run, [b for _, b in grid]))
+  ]
+  runs = [
+    (size, path, base(seed=seed)) for size, base, path in chosen
+    for seed in FLAGS.seeds
+  ]  # fmt: skip
+  run([(values, "test") for _, _, values in runs])
+  for size, path, values in runs:
+    label = [values.task, ",".join(values.cell), size, path or values.steps]
+    store.report(label, results.group(values))
 
 
-def best_rate(store, own, base, workdir, stop) -> dict:
-  """{'learning_rate': …} with the best validation metric of the sweep."""
-  if not FLAGS.learning_rates:
-    return {}
-  if len(FLAGS.learning_rates) == 1:
-    return {"learning_rate": FLAGS.learning_rates[0]}
-  scores = {}
-  for rate in FLAGS.learning_rates:
-    values = cell_flags(own, **base, learning_rate=rate, seed=FLAGS.seeds[0])
-    options = train.parse_options(values.task_options)
-    task = tasks.make(values.task, **options)
-    if hasattr(task, "holdout"):
-      options["holdout"] = FLAGS.holdout
-      values.task_options = json.dumps(options, sort_keys=True)
-    row = execute(store, values, "validation", workdir, stop)
-    scores[rate] = score(row)
-  return {"learning_rate": max(scores, key=scores.get)}
+def sweep(run, grid) -> list[dict]:
+  """{'learning_rate': …} of the best validation metric, for each of `grid`."""
+  rates = FLAGS.learning_rates
+  if len(rates) < 2:
+    return [{"learning_rate": rates[0]} if rates else {} for _ in grid]
+  trials = [
+    (held_out(base(learning_rate=rate, seed=FLAGS.seeds[0])), "validation")
+    for base in grid
+    for rate in rates
+  ]
+  scores = iter([results.score(row) for row in run(trials)])
+  best = lambda: max(rates, key=dict(zip(rates, scores)).__getitem__)
+  return [{"learning_rate": best()} for _ in grid]
 
 
-def score(row) -> float:
-  """Higher is better; a run that ended without a finite number is last."""
-  metrics = row["metrics"]
-  value = metrics.get("accuracy", -metrics["loss"])
-  return value if math.isfinite(value) else -math.inf
+def held_out(values):
+  """`values` with `--holdout` where the task has such an option."""
+  options = train.parse_options(values.task_options)
+  if hasattr(tasks.make(values.task, **options), "holdout"):
+    options["holdout"] = FLAGS.holdout
+    values.task_options = json.dumps(options, sort_keys=True)
+  return values
 
 
 def files(patterns) -> list[str]:
@@ -217,103 +311,17 @@ def files(patterns) -> list[str]:
   return found
 
 
-def summarise(rows) -> list[dict]:
-  """One row per (task, cell): means over its seeds."""
-  groups = {}
-  for row in rows:
-    groups.setdefault((row["task"], row["cell"]), []).append(row)
-  table = []
-  for (task, cell), group in groups.items():
-    scores = [100 * r["metrics"].get("accuracy", math.nan) for r in group]
-    table.append(
-      dict(
-        task=task,
-        cell=cell,
-        seeds=len(group),
-        accuracy=float(np.mean(scores)),
-        spread=float(np.std(scores)),
-        loss=float(np.mean([r["metrics"]["loss"] for r in group])),
-        state_size=group[0]["state_size"],
-        parameters=group[0]["parameters"],
-        tokens_per_second=float(
-          np.median([r["tokens_per_second"] for r in group])
-        ),
-        seconds=float(np.mean([r["seconds"] for r in group])),
-        steps=group[0]["steps"],
-        learning_rate=group[0]["learning_rate"],
-        chance=100 * group[0]["chance"],
-        curves=[r["curve"] for r in group],
-      )  # fmt: skip
-    )
-  order = {
-    task: n for n, task in enumerate(dict.fromkeys(r["task"] for r in rows))
-  }
-  return sorted(table, key=lambda r: (order[r["task"]], -r["accuracy"]))
-
-
-def markdown(table) -> str:
-  lines = [
-    "| task | memory | test accuracy, % | state, floats | parameters | "
-    "tokens/s | seconds | steps | rate | seeds |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-  ]
-  for r in table:
-    spread = f" ± {r['spread']:.1f}" if r["seeds"] > 1 else ""
-    lines.append(
-      f"| {r['task']} | {r['cell']} | {r['accuracy']:.1f}{spread} "
-      f"| {r['state_size']:,} | {r['parameters']:,} "
-      f"| {r['tokens_per_second']:,.0f} | {r['seconds']:.0f} | {r['steps']:,} "
-      f"| {r['learning_rate']:g} | {r['seeds']} |"
-    )
-  return "\n".join(lines) + "\n"
-
-
-def draw(table, path) -> None:
-  """Learning curves above, accuracy against state size below, by task."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  names = list(dict.fromkeys(r["task"] for r in table))
-  cells = sorted({r["cell"] for r in table})
-  colour = {c: plt.get_cmap("tab20")(n % 20) for n, c in enumerate(cells)}
-  figure, axes = plt.subplots(
-    2, len(names), figsize=(5 * len(names), 8), squeeze=False,
-    layout="constrained",
-  )  # fmt: skip
-  for column, task in enumerate(names):
-    top, bottom = axes[:, column]
-    rows = [r for r in table if r["task"] == task]
-    for r in rows:
-      for n, points in enumerate(r["curves"]):
-        if points:
-          steps, values = zip(*points)
-          label = r["cell"] if n == 0 else None
-          top.plot(
-            steps, [100 * v for v in values], color=colour[r["cell"]],
-            label=label, linewidth=1.5,
-          )  # fmt: skip
-      bottom.errorbar(
-        max(r["state_size"], 1), r["accuracy"], yerr=r["spread"], fmt="o",
-        color=colour[r["cell"]], label=r["cell"],
-      )  # fmt: skip
-    for axis in (top, bottom):
-      axis.axhline(rows[0]["chance"], color="grey", linestyle=":", linewidth=1)
-      axis.set_ylim(0, 103)
-      axis.grid(alpha=0.3)
-    top.set_title(task)
-    top.set_xlabel("step")
-    top.set_ylabel("test accuracy, %")
-    top.legend(fontsize=8, loc="lower right")
-    bottom.legend(fontsize=8, loc="lower left")
-    bottom.set_xscale("log")
-    bottom.margins(x=0.25)
-    bottom.set_xlabel("floats held between two tokens")
-    bottom.set_ylabel("test accuracy, %")
-  with epath.Path(path).open("wb") as f:
-    figure.savefig(f, dpi=120, format="png")
-  plt.close(figure)
+def write(table, workdir) -> None:
+  """The tables and the figures of a summary."""
+  plain = json.dumps(table, indent=1) + "\n"
+  (workdir / "table.json").write_text(plain)
+  (workdir / "table.md").write_text(results.markdown(table))
+  (workdir / "table.csv").write_text(results.comma_separated(table))
+  for name, draw in plots.FIGURES.items():
+    figure = draw(table)
+    if figure is not None:
+      with (workdir / f"{name}.png").open("wb") as file:
+        figure.savefig(file, format="png")
 
 
 def main(argv):
@@ -321,7 +329,8 @@ def main(argv):
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   if not FLAGS.workdir:
     raise app.UsageError("--workdir is needed: results are kept there")
-  if bool(FLAGS.runs) == bool(FLAGS.cells and FLAGS.tasks):
+  grid = bool(FLAGS.cells and FLAGS.tasks)
+  if bool(FLAGS.runs) == grid or (not grid and (FLAGS.cells or FLAGS.tasks)):
     raise app.UsageError("give --runs, or --cells and --tasks")
   for task in FLAGS.tasks:
     if task not in tasks.names():
@@ -334,12 +343,11 @@ def main(argv):
 
 def compare(stop) -> None:
   workdir = training.open_workdir(FLAGS.workdir)
-  store = Store(workdir / "results.jsonl")
-  table = summarise(plan(store, workdir, stop))
-  (workdir / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-  (workdir / "table.md").write_text(markdown(table))
-  draw(table, workdir / "compare.png")
-  print("\n" + markdown(table) + f"\nwritten to {workdir}")
+  store = results.Store(workdir / "results.jsonl")
+  plan(Runner(store, workdir, FLAGS.jobs, stop), store)
+  table = results.summarise(store.reported())
+  write(table, workdir)
+  print("\n" + results.markdown(table) + f"\nwritten to {workdir}")
 
 
 if __name__ == "__main__":

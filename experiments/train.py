@@ -64,6 +64,10 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_list(
     "final", "", "Splits to evaluate after the last step.", flag_values=values
   )
+  text(
+    "final_options", "",
+    "Task options to evaluate under, too: 'length=128|length=256'.",
+  )  # fmt: skip
   # The optimiser.
   integer("steps", 1000, "Optimiser steps.")
   integer("batch_size", 64, "Rows of a step, over all devices.")
@@ -165,12 +169,45 @@ def build(config):
   else:
     options["d_input"] = task.d_input
   pool = config.pool
-  if task.kind == "regression":
-    every_step = task.batch(config.seed, 0, 1).targets.ndim == 3
-    make, pool = models.SequenceRegressor, None if every_step else pool
-  else:
+  make = models.SequenceRegressor
+  if task.kind == "classification":
     make = models.SequenceClassifier
+  elif task.kind in ("labels", "bits"):
+    pool = None
+  elif task.batch(config.seed, 0, 1).targets.ndim == 3:
+    pool = None
   return task, make(cells, config.depth, task.num_outputs, pool=pool, **options)
+
+
+def finals(config, task) -> dict:
+  """{name: (task, split)} to evaluate after the last step.
+
+  Raises:
+    ValueError: on task options that make a task of another kind.
+  """
+  found = {split: (task, split) for split in config.final}
+  for text in filter(None, config.final_options.split("|")):
+    options = {**parse_options(config.task_options), **parse_options(text)}
+    other = tasks.make(config.task, **options)
+    for name in ("kind", "vocab_size", "d_input", "num_outputs"):
+      if getattr(other, name) != getattr(task, name):
+        raise ValueError(
+          f"final_options: {text!r} changes the {name} of {config.task!r} from "
+          f"{getattr(task, name)!r} to {getattr(other, name)!r}"
+        )
+    found[text] = other, config.eval_split
+  return found
+
+
+def state_size(model) -> int:
+  """Floats that a model carries from token to token, for one sequence."""
+  state = jax.eval_shape(lambda: model.initial_state(1))
+  count = lambda x: x.size * (2 if "complex" in x.dtype.name else 1)
+  return sum(
+    count(x)
+    for x in jax.tree.leaves(state)
+    if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+  )
 
 
 def settings(config) -> training.Config:
@@ -282,7 +319,7 @@ def run(values: flags.FlagValues, stop=lambda: False) -> dict:
     else:
       print("no TensorBoard events: pip install 'memzoo[tensorboard]'")
 
-  return training.fit(
+  result = training.fit(
     config,
     model,
     task,
@@ -290,10 +327,12 @@ def run(values: flags.FlagValues, stop=lambda: False) -> dict:
     about=about(values, model),
     mesh=mesh,
     writers=writers,
-    final=values.final,
+    final=finals(values, task),
     stop=stop,
     profile=values.profile,
   )
+  about_task = dict(chance=task.chance, length=task.length)
+  return {**result, **about_task, "state_size": state_size(model)}
 
 
 def stop_on_sigterm():

@@ -211,6 +211,34 @@ def regression_loss(
   return loss, (state, metrics)
 
 
+def bits_loss(
+  model, batch, state, key, *, report_weights=None, implementation=None
+):
+  """Sigmoid cross-entropy per bit; as `regression_loss`, for logits.
+
+  Targets are float 0 or 1 [B, T, N]; 'accuracy' is the share of right bits.
+  """
+  state, logits, reports = _call(
+    model, batch, state, key, report_weights, implementation
+  )
+  targets = batch.targets
+  if logits.shape != targets.shape:
+    raise ValueError(
+      f"bits: the model's outputs {logits.shape} and the targets "
+      f"{targets.shape} differ in shape"
+    )
+  weights = _weights(targets, batch.weights, batch.mask)
+  logits = jnp.where(weights > 0, logits.astype(jnp.float32), 0.0)
+  losses = optax.sigmoid_binary_cross_entropy(logits, targets)
+  right = ((logits > 0) == (targets > 0.5)).astype(jnp.float32)
+  metrics = {
+    "loss": _mean(losses, weights), "accuracy": _mean(right, weights),
+    "weight": jnp.sum(weights),
+  }  # fmt: skip
+  loss, metrics = _weigh(metrics, reports, report_weights)
+  return loss, (state, metrics)
+
+
 def _call(model, batch, state, key, report_weights, implementation):
   """(state, outputs, reports)."""
   options = dict(reset=batch.reset, mask=batch.mask, key=key)
@@ -271,6 +299,8 @@ def _weigh(metrics, reports, report_weights):
 
 LOSSES = {
   "tokens": token_loss,
+  "labels": token_loss,
+  "bits": bits_loss,
   "classification": classification_loss,
   "regression": regression_loss,
 }
@@ -461,15 +491,24 @@ class Trainer:
     zeros = parallel.put(self._window, self.shardings.window, copy=True)
     return metrics, state._replace(window=zeros)
 
-  def evaluate(self, state: TrainState, split: str) -> dict[str, float]:
+  def evaluate(
+    self, state: TrainState, split: str, task=None
+  ) -> dict[str, float]:
     """Averages of the metrics over `split`, without dropout.
+
+    Args:
+      state: of the run.
+      split: of the task.
+      task: another than the one trained on: of its kind and vocabulary, of
+        another length, say.
 
     Raises:
       ValueError: where the split holds no batch.
     """
+    task = self.task if task is None else task
     memory = self._begin(state.params, state.buffers)
     sums = []
-    for batch in self.task.eval_batches(self.config.batch_size, split):
+    for batch in task.eval_batches(self.config.batch_size, split):
       memory, metrics = self._score(
         state.params, state.buffers, memory, self._put(batch)
       )
@@ -477,7 +516,7 @@ class Trainer:
       if len(sums) % 16 == 0:  # bounds the batches in flight
         jax.block_until_ready(metrics)
     if not sums:
-      raise ValueError(f"task {self.task!r}: split {split!r} is empty")
+      raise ValueError(f"task {task!r}: split {split!r} is empty")
     return _means(jax.device_get(sums))
 
   def update(self, model: nnx.Module, state: TrainState) -> None:
@@ -811,7 +850,7 @@ def fit(
   mesh: jax.sharding.Mesh | None = None,
   rules: parallel.Rules = parallel.RULES,
   writers: Iterable[Writer] = (),
-  final: Sequence[str] = (),
+  final: Sequence[str] | Mapping[str, tuple[Any, str]] = (),
   stop: Callable[[], bool] = lambda: False,
   profile: bool = False,
 ) -> dict[str, Any]:
@@ -829,14 +868,15 @@ def fit(
     mesh: as for `Trainer`.
     rules: as for `Trainer`.
     writers: get the metrics too; of process 0 alone.
-    final: splits to evaluate once, after the last step.
+    final: splits to evaluate once, after the last step; or
+      {name: (task, split)} for other tasks too.
     stop: asked about every second; True saves and returns.
     profile: writes a trace of a few steps to `workdir`/profile.
 
   Returns:
     Plain data: 'step' reached, 'steps' asked for, 'stopped', 'resumed_from',
     'parameters', 'skipped', 'train' and 'eval' (the last metrics), 'best'
-    (those of the best evaluation, with its 'step'), 'final' ({split: metrics}),
+    (those of the best evaluation, with its 'step'), 'final' ({name: metrics}),
     'seconds' (of training and evaluation, starts and compilation included),
     'steps_per_second' and 'tokens_per_second' (of training alone, once
     compiled).
@@ -849,6 +889,8 @@ def fit(
   began = time.perf_counter()
   if profile and workdir is None:
     raise ValueError("profile: a workdir is needed to write the trace to")
+  if not isinstance(final, Mapping):
+    final = {split: (task, split) for split in final}
   checkpoints = None
   writers = list(writers) if jax.process_index() == 0 else []
   if workdir is not None:
@@ -865,8 +907,9 @@ def fit(
         f"config: best is {config.best!r}, and evaluations have "
         + ", ".join(trainer.metrics)
       )
-    for split in (config.eval_split, *final):  # fails now, not at the end
-      next(iter(task.eval_batches(config.batch_size, split)), None)
+    for other, split in ((task, config.eval_split), *final.values()):
+      # What cannot be evaluated fails now, not at the end.
+      next(iter(other.eval_batches(config.batch_size, split)), None)
     restored = None
     if checkpoints:
       restored = checkpoints.restore(*_items(trainer.abstract()))
@@ -923,17 +966,19 @@ def fit(
         improved = _better(record["eval"], record["best"], config.best)
         if improved:
           record["best"] = {"step": step, **record["eval"]}
-        for split in final if step == config.steps else ():
-          write(split, trainer.evaluate(state, split), record["final"])
+        for name, (other, split) in final.items():
+          if step == config.steps:
+            metrics = trainer.evaluate(state, split, other)
+            write(name, metrics, record["final"])
         record["seconds"] = before + time.perf_counter() - began
       if checkpoints and (improved or due(config.checkpoint_every)):
         checkpoints.save(step, *_items(state), record)
         saved = step
     if checkpoints and stopped and saved != step:
       checkpoints.save(step, *_items(state), record)
-    for split in () if stopped else final:
-      if split not in record["final"]:  # asked for since the run ended
-        record["final"][split] = trainer.evaluate(state, split)
+    for name, (other, split) in final.items():
+      if not stopped and name not in record["final"]:  # asked for since then
+        record["final"][name] = trainer.evaluate(state, split, other)
     trainer.update(model, state)
   finally:
     if checkpoints:

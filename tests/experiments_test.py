@@ -58,18 +58,62 @@ def test_compare_goes_on_where_it_stopped(tmp_path):
   assert first.count("==") == 6  # two rates and a report, for two memories
   table = json.loads((tmp_path / "table.json").read_text())
   assert {r["cell"] for r in table} == {"gru", "linear_attention"}
-  picture = (tmp_path / "compare.png").read_bytes()
+  picture = (tmp_path / "recall.png").read_bytes()
   assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
   results = tmp_path / "results.jsonl"
   lines = results.read_text().splitlines()
-  assert len(lines) == 6
+  assert len(lines) == 6 + 2  # and which two are reported
   # A line cut by a crash is dropped, and its run alone is done again.
-  results.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])
+  results.write_text("\n".join(lines[:5]) + "\n" + lines[5][:50])
   second = start(*command)
   assert second.count("==") == 1
   again = json.loads((tmp_path / "table.json").read_text())
   keep = lambda rows: [(r["cell"], r["accuracy"], r["loss"]) for r in rows]
   assert keep(again) == keep(table), "the same run gives the same numbers"
+
+
+@pytest.mark.slow
+def test_compare_adds_sizes_lengths_and_jobs(tmp_path):
+  """Two processes, two sizes, another length; a wider grid adds its own."""
+  command = (
+    "compare", "--cells=linear_attention", "--tasks=induction_small",
+    "--learning_rates=1e-3", "--steps=4", "--warmup=1", "--batch_size=2",
+    "--sizes=d_model=8;d_model=8,num_heads=2", "--depth=1", "--eval_every=2",
+    "--task_options=num_test=4,length=8", "--final_options=length=16|length=32",
+    "--jobs=2", f"--workdir={tmp_path}",
+  )  # fmt: skip
+  assert start(*command, "--seeds=0").count("==") == 2
+  assert start(*command, "--seeds=0,1").count("==") == 2
+  table = json.loads((tmp_path / "table.json").read_text())
+  assert [r["seeds"] for r in table] == [2, 2]
+  assert {r["size"] for r in table} == {"d_model=8", "d_model=8,num_heads=2"}
+  assert len({r["state_size"] for r in table}) == 2
+  assert set(table[0]["final"]) == {"length=16", "length=32"}
+  for name in ("curves", "recall", "lengths", "cost"):
+    picture = (tmp_path / f"{name}.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n", name
+  lines = (tmp_path / "table.csv").read_text().splitlines()
+  assert len(lines) == 3 and lines[0].startswith("task,cell,size,seeds")
+  # Without processes the same runs give the same numbers.
+  alone = start(*command[:-2], "--seeds=0", f"--workdir={tmp_path / 'alone'}")
+  assert alone.count("==") == 2
+  rows = lambda path: {
+    json.loads(line)["key"]: json.loads(line)["metrics"]
+    for line in path.read_text().splitlines()
+    if "report" not in json.loads(line)
+  }
+  both = rows(tmp_path / "results.jsonl")
+  for name, metrics in rows(tmp_path / "alone" / "results.jsonl").items():
+    assert both[name] == metrics
+
+
+def test_compare_says_which_run_failed(tmp_path):
+  out = start(
+    "compare", "--cells=gru", "--tasks=mqar_small", "--jobs=2", "--steps=2",
+    "--warmup=5", f"--workdir={tmp_path}", ok=False,
+  )  # fmt: skip
+  assert "a run failed" in out and "warmup 5" in out
+  assert "Traceback" not in out
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def score(task, batch, predictions) -> float:
     right = predictions == targets
   else:
     right = np.abs(predictions - targets) <= 1e-5 * (1 + np.abs(targets))
-    right = right.reshape(weights.shape + (-1,)).all(-1)
+    right = right.all(-1)
   return float((weights * right).sum() / weights.sum())
 
 
@@ -48,15 +48,17 @@ def check_shapes(task, batch, rows):
     assert inputs.dtype == np.int32 and inputs.shape == (rows, length)
     assert 0 <= inputs.min() and inputs.max() < task.vocab_size
   assert weights.dtype == np.float32
-  if task.kind == "regression":
+  if task.kind in ("regression", "bits"):
     assert targets.dtype == np.float32
     assert targets.shape == weights.shape + (task.num_outputs,)
-    assert weights.shape in ((rows,), (rows, length))
+    whole = [(rows, length)] + [(rows,)] * (task.kind == "regression")
+    assert weights.shape in whole
+    assert task.kind == "regression" or set(np.unique(targets)) <= {0.0, 1.0}
   else:
     assert targets.dtype == np.int32
     assert weights.shape == targets.shape
-    whole = (rows, length) if task.kind == "tokens" else (rows,)
-    assert targets.shape == whole
+    once = task.kind == "classification"
+    assert targets.shape == ((rows,) if once else (rows, length))
     assert 0 <= targets.min() and targets.max() < task.num_outputs
   for flags in (batch.reset, batch.mask):
     if flags is not None:

@@ -296,6 +296,32 @@ def test_regression_loss():
     training.regression_loss(Fixed(jnp.zeros((4, 3))), batch, (), None)
 
 
+def test_bits_loss():
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=(4, 3, 2)).astype(np.float32)
+  targets = (rng.random((4, 3, 2)) < 0.5).astype(np.float32)
+  weights = rng.random((4, 3)).astype(np.float32)
+  weights[0] = 0
+  logits[0] = np.nan  # nothing is asked there
+  mask = np.ones((4, 3), bool)
+  mask[2, 1] = False
+  batch = Batch(None, *map(jnp.asarray, (targets, weights)), None, mask)
+  loss, (_, metrics) = training.bits_loss(
+    Fixed(jnp.asarray(logits)), batch, (), None
+  )
+  counted = ((weights * mask)[..., None] * np.ones(2))[1:]
+  p = 1 / (1 + np.exp(-logits[1:].astype(np.float64)))
+  each = -np.log(np.where(targets[1:] > 0, p, 1 - p))
+  np.testing.assert_allclose(
+    loss, (counted * each).sum() / counted.sum(), rtol=1e-6
+  )
+  right = (logits[1:] > 0) == (targets[1:] > 0)
+  want = (counted * right).sum() / counted.sum()
+  np.testing.assert_allclose(metrics["accuracy"], want, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"bits: .* \(4, 3, 2\) differ"):
+    training.bits_loss(Fixed(jnp.zeros((4, 3))), batch, (), None)
+
+
 def test_reports_are_weighed_by_name():
   batch = Batch(None, jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3)))
   model = Fixed(

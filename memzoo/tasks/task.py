@@ -19,11 +19,11 @@ class Batch(NamedTuple):
 
   Attributes:
     inputs: int32 [B, T] tokens, or float32 [B, T, D].
-    targets: int32 [B, T] for kind 'tokens', int32 [B] for 'classification',
-      float32 [B, ...] for 'regression'. Arbitrary but valid where the weight
-      is 0.
-    weights: float32, [B, T] for 'tokens', [B] otherwise: how much a prediction
-      counts; 0 where nothing is asked.
+    targets: int32 [B, T] for the kinds 'tokens' and 'labels', int32 [B] for
+      'classification', float32 0 or 1 [B, T, N] for 'bits', float32 [B, N] or
+      [B, T, N] for 'regression'. Arbitrary but valid where the weight is 0.
+    weights: float32, [B] where there is one target for a row, else [B, T]:
+      how much a prediction counts; 0 where nothing is asked.
     reset: bool [B, T] or None: the memory is fresh before input t. None: no
       reset but the fresh memory with which every batch of a task that does not
       stream begins.
@@ -41,18 +41,22 @@ class Task:
   """A source of batches: a value (frozen dataclass) with pure functions.
 
   Attributes:
-    kind: what is predicted: a token at every step, one class for each row, or
-      real numbers.
+    kind: what is predicted: at every step a token ('tokens', of the inputs'
+      vocabulary or not), a class ('labels', from float inputs) or bits
+      ('bits'), one class for each row ('classification'), or real numbers at
+      every step or for each row ('regression').
     vocab_size: number of input tokens; None where inputs are floats.
     d_input: width D of float inputs; None where inputs are tokens.
-    num_outputs: number of classes, of output tokens, or of real numbers.
+    num_outputs: number of classes, of output tokens, of bits, or of real
+      numbers.
     length: T; the longest T where it varies.
     streams: row b of a batch continues row b of the batch before, so memory is
       carried over; False: each batch starts with fresh memory.
-    chance: accuracy of guessing uniformly among the possible answers.
+    chance: accuracy of guessing uniformly among the possible answers; for
+      'regression', the loss of the best constant.
   """
 
-  kind: Literal["tokens", "classification", "regression"]
+  kind: Literal["tokens", "labels", "bits", "classification", "regression"]
   vocab_size: int | None = None
   d_input: int | None = None
   num_outputs: int
