@@ -39,12 +39,20 @@ class Mqar(Generator):
     mqar_based: the mixture of Figure 2 of Based: five training sets, seven
       test sets up to T = 1024 and P = 256; there 32 epochs, batch 256, rates
       logspace(-3, -1.5, 4). See `Mixture` for the order.
+    mqar_based_2048: the same with an eighth test set, T = 2048 and P = 512
+      (an ablation in the Zoology repository, not in the paper).
+    mqar_zoology_random_false: the mixture of Based without noise, as in the
+      example sweep of the Zoology repository; there 32 epochs, batch 256, rates
+      logspace(-3, -1.5, 4).
+    mqar_zoology_basic: the first example of the Zoology repository: 256 tokens,
+      4 pairs in 64 steps, 10,000 training and 1,000 test rows.
     mqar_small: 8 pairs in 64 steps, 256 tokens, noise: a test, for a CPU,
       that recall can be learned. Not a published setting, and no ranking.
 
   Differs: the noise is drawn from the seed (the reference draws it unseeded);
     rows are shuffled each epoch (the reference visits them in one order);
-    `mqar_small` draws fresh rows for ever.
+    `mqar_small` draws fresh rows for ever; the pairs are shown once (the
+    generator of the reference can repeat them, which no published set uses).
 
   Paper: Arora, Eyuboglu et al. 2023, Zoology: Measuring and Improving Recall
     in Efficient Language Models, arXiv:2312.04927; presets of Based from Arora
@@ -114,12 +122,49 @@ class Mqar(Generator):
     return np.take_along_axis(inputs, after, axis=1)
 
 
-def _based(length: int, pairs: int, **sizes) -> Mqar:
-  return Mqar(length=length, pairs=pairs, **sizes)
+BASED_TEST = (
+  (64, 4),
+  (64, 8),
+  (64, 16),
+  (128, 32),
+  (256, 64),
+  (512, 128),
+  (1024, 256),
+)
+
+
+def _based(length: int, pairs: int, **options) -> Mqar:
+  return Mqar(length=length, pairs=pairs, **options)
+
+
+def _register_based(name: str, test, **options):
+  task_lib.register(
+    name,
+    Mixture,
+    train=(
+      _based(64, 4, num_train=100_000, **options),
+      _based(128, 8, num_train=20_000, **options),
+      _based(256, 16, num_train=20_000, **options),
+      _based(256, 32, num_train=20_000, **options),
+      _based(256, 64, num_train=20_000, **options),
+    ),
+    test=tuple(
+      _based(length, pairs, num_test=1000, **options) for length, pairs in test
+    ),
+  )
 
 
 task_lib.register("mqar", Mqar, num_train=1000, num_test=1000)
 task_lib.register("mqar_small", Mqar, vocab_size=256, length=64, pairs=8)
+task_lib.register(
+  "mqar_zoology_basic",
+  Mqar,
+  vocab_size=256,
+  length=64,
+  pairs=4,
+  num_train=10_000,
+  num_test=1000,
+)
 for _length, _pairs in ((64, 4), (128, 8), (256, 16), (512, 64)):
   task_lib.register(
     f"mqar_zoology_fig2_{_length}_{_pairs}",
@@ -130,26 +175,8 @@ for _length, _pairs in ((64, 4), (128, 8), (256, 16), (512, 64)):
     num_train=100_000,
     num_test=3000,
   )
-task_lib.register(
-  "mqar_based",
-  Mixture,
-  train=(
-    _based(64, 4, num_train=100_000),
-    _based(128, 8, num_train=20_000),
-    _based(256, 16, num_train=20_000),
-    _based(256, 32, num_train=20_000),
-    _based(256, 64, num_train=20_000),
-  ),
-  test=tuple(
-    _based(length, pairs, num_test=1000)
-    for length, pairs in (
-      (64, 4),
-      (64, 8),
-      (64, 16),
-      (128, 32),
-      (256, 64),
-      (512, 128),
-      (1024, 256),
-    )
-  ),
+_register_based("mqar_based", BASED_TEST)
+_register_based("mqar_based_2048", (*BASED_TEST, (2048, 512)))
+_register_based(
+  "mqar_zoology_random_false", BASED_TEST, random_non_queries=False
 )
