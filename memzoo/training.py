@@ -554,7 +554,7 @@ class Trainer:
     try:
       step = jax.ShapeDtypeStruct((), jnp.int32)
       return True, jax.eval_shape(self._draw, step)
-    except jax.errors.JAXTypeError:  # the task reads files, or uses NumPy
+    except TypeError:  # the task reads files, uses NumPy, or varies its shape
       return False, jax.eval_shape(lambda batch: batch, self._draw(0))
 
   def _put(self, batch):

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 import memzoo
-from memzoo import checkpoint, parallel, training
+from memzoo import checkpoint, parallel, tasks, training
 from memzoo.tasks import Batch
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -407,6 +407,20 @@ def test_host_tasks_train_as_device_tasks_do():
     host(drawn.run(drawn.init(), 6)), host(read.run(read.init(), 6))
   ):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_a_mixture_trains():
+  """Its batches vary in length, so they are drawn step by step."""
+  part = lambda length, **kw: tasks.Mqar(
+    vocab_size=64, length=length, pairs=2, num_test=4, **kw
+  )
+  task = tasks.Mixture(
+    train=(part(8, num_train=8), part(12, num_train=8)), test=(part(16),)
+  )
+  model = Tiny(jax.random.key(0), inputs=64, outputs=64)
+  config = training.Config(steps=4, warmup=0, batch_size=4)
+  result = training.fit(config, model, task)
+  assert result["step"] == 4 and np.isfinite(result["eval"]["loss"])
 
 
 def test_training_leaves_the_given_model_alone_until_the_end():

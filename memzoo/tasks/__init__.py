@@ -3,18 +3,31 @@
 A task is added by one file here and one line below.
 """
 
+from memzoo.tasks.adding import Adding as Adding
+from memzoo.tasks.aeon import Aeon as Aeon
 from memzoo.tasks.associative_retrieval import (
   AssociativeRetrieval as AssociativeRetrieval,
 )
+from memzoo.tasks.babi import Babi as Babi
+from memzoo.tasks.babilong import BabiLong as BabiLong
+from memzoo.tasks.bernoulli import Bernoulli as Bernoulli
 from memzoo.tasks.compositional_mqar import (
   CompositionalMqar as CompositionalMqar,
 )
+from memzoo.tasks.continual import Continual as Continual
+from memzoo.tasks.continual import average_accuracy as average_accuracy
+from memzoo.tasks.continual import backward_transfer as backward_transfer
+from memzoo.tasks.continual import forward_transfer as forward_transfer
+from memzoo.tasks.delay import Delay as Delay
+from memzoo.tasks.digits import Digits as Digits
 from memzoo.tasks.english import english as english
 from memzoo.tasks.examples import Examples as Examples
 from memzoo.tasks.forgetting_mqar import ForgettingMqar as ForgettingMqar
+from memzoo.tasks.general_icl import GeneralIcl as GeneralIcl
 from memzoo.tasks.generator import Generator as Generator
 from memzoo.tasks.induction import Induction as Induction
 from memzoo.tasks.induction import InductionStream as InductionStream
+from memzoo.tasks.mackey_glass import MackeyGlass as MackeyGlass
 from memzoo.tasks.mad_compression import MadCompression as MadCompression
 from memzoo.tasks.mad_fuzzy_recall import MadFuzzyRecall as MadFuzzyRecall
 from memzoo.tasks.mad_memorization import MadMemorization as MadMemorization
@@ -25,6 +38,7 @@ from memzoo.tasks.mad_selective_copying import (
 from memzoo.tasks.mixture import Mixture as Mixture
 from memzoo.tasks.mnist1d import Mnist1d as Mnist1d
 from memzoo.tasks.mqar import Mqar as Mqar
+from memzoo.tasks.needles import Needles as Needles
 from memzoo.tasks.ntm import NtmAssociativeRecall as NtmAssociativeRecall
 from memzoo.tasks.ntm import NtmCopy as NtmCopy
 from memzoo.tasks.ntm import NtmPrioritySort as NtmPrioritySort
@@ -38,5 +52,9 @@ from memzoo.tasks.task import make as make
 from memzoo.tasks.task import names as names
 from memzoo.tasks.task import register as register
 from memzoo.tasks.text import Text as Text
+from memzoo.tasks.text_rows import TextRows as TextRows
 from memzoo.tasks.tfds import TfdsClassification as TfdsClassification
 from memzoo.tasks.tfds import TfdsText as TfdsText
+from memzoo.tasks.variable_tracking import VariableTracking as VariableTracking
+from memzoo.tasks.word_counting import CommonWords as CommonWords
+from memzoo.tasks.word_counting import FrequentWords as FrequentWords

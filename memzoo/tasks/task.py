@@ -154,7 +154,7 @@ def make(name: str, **overrides) -> Task:
 
 def unknown(what: str, got: Any, accepted) -> str:
   """Message for a name that does not exist, with the nearest that do."""
-  accepted = list(accepted)
+  accepted = [str(name) for name in accepted]
   near = difflib.get_close_matches(str(got), accepted, n=3, cutoff=0.5)
   hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
   return f"unknown {what}: {got!r}{hint} Accepted: {', '.join(accepted)}"
