@@ -11,6 +11,32 @@ from memzoo.tasks.associative_retrieval import (
 from memzoo.tasks.babi import Babi as Babi
 from memzoo.tasks.babilong import BabiLong as BabiLong
 from memzoo.tasks.bernoulli import Bernoulli as Bernoulli
+from memzoo.tasks.chomsky import Chomsky as Chomsky
+from memzoo.tasks.chomsky_binary import BinaryAddition as BinaryAddition
+from memzoo.tasks.chomsky_binary import (
+  BinaryMultiplication as BinaryMultiplication,
+)
+from memzoo.tasks.chomsky_binary import ComputeSqrt as ComputeSqrt
+from memzoo.tasks.chomsky_brackets import (
+  ModularArithmeticBrackets as ModularArithmeticBrackets,
+)
+from memzoo.tasks.chomsky_brackets import SolveEquation as SolveEquation
+from memzoo.tasks.chomsky_context_free import ReverseString as ReverseString
+from memzoo.tasks.chomsky_context_free import (
+  StackManipulation as StackManipulation,
+)
+from memzoo.tasks.chomsky_context_sensitive import BucketSort as BucketSort
+from memzoo.tasks.chomsky_context_sensitive import (
+  DuplicateString as DuplicateString,
+)
+from memzoo.tasks.chomsky_context_sensitive import (
+  MissingDuplicateString as MissingDuplicateString,
+)
+from memzoo.tasks.chomsky_context_sensitive import OddsFirst as OddsFirst
+from memzoo.tasks.chomsky_regular import CycleNavigation as CycleNavigation
+from memzoo.tasks.chomsky_regular import EvenPairs as EvenPairs
+from memzoo.tasks.chomsky_regular import ModularArithmetic as ModularArithmetic
+from memzoo.tasks.chomsky_regular import ParityCheck as ParityCheck
 from memzoo.tasks.compositional_mqar import (
   CompositionalMqar as CompositionalMqar,
 )
@@ -20,6 +46,7 @@ from memzoo.tasks.continual import backward_transfer as backward_transfer
 from memzoo.tasks.continual import forward_transfer as forward_transfer
 from memzoo.tasks.delay import Delay as Delay
 from memzoo.tasks.digits import Digits as Digits
+from memzoo.tasks.dyck import Dyck as Dyck
 from memzoo.tasks.english import english as english
 from memzoo.tasks.examples import Examples as Examples
 from memzoo.tasks.forgetting_mqar import ForgettingMqar as ForgettingMqar
@@ -27,6 +54,7 @@ from memzoo.tasks.general_icl import GeneralIcl as GeneralIcl
 from memzoo.tasks.generator import Generator as Generator
 from memzoo.tasks.induction import Induction as Induction
 from memzoo.tasks.induction import InductionStream as InductionStream
+from memzoo.tasks.listops import ListOps as ListOps
 from memzoo.tasks.mackey_glass import MackeyGlass as MackeyGlass
 from memzoo.tasks.mad_compression import MadCompression as MadCompression
 from memzoo.tasks.mad_fuzzy_recall import MadFuzzyRecall as MadFuzzyRecall
@@ -37,6 +65,7 @@ from memzoo.tasks.mad_selective_copying import (
 )
 from memzoo.tasks.mixture import Mixture as Mixture
 from memzoo.tasks.mnist1d import Mnist1d as Mnist1d
+from memzoo.tasks.modular_sum import ModularSum as ModularSum
 from memzoo.tasks.mqar import Mqar as Mqar
 from memzoo.tasks.needles import Needles as Needles
 from memzoo.tasks.ntm import NtmAssociativeRecall as NtmAssociativeRecall
@@ -58,3 +87,4 @@ from memzoo.tasks.tfds import TfdsText as TfdsText
 from memzoo.tasks.variable_tracking import VariableTracking as VariableTracking
 from memzoo.tasks.word_counting import CommonWords as CommonWords
 from memzoo.tasks.word_counting import FrequentWords as FrequentWords
+from memzoo.tasks.word_problem import WordProblem as WordProblem

@@ -36,8 +36,11 @@ class Generator(task_lib.Task):
       task_lib.check_int(owner, "num_train", self.num_train, 1, 2**31 - 1)
     task_lib.check_int(owner, "num_test", self.num_test, 1, 2**31 - 1)
 
-  def example(self, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One example: (inputs, targets, weights), without a batch axis."""
+  def example(self, key: jax.Array) -> tuple[jax.Array | None, ...]:
+    """One example: the fields of a `Batch` without the batch axis.
+
+    (inputs, targets, weights), or those and (reset, mask), which may be None.
+    """
     raise NotImplementedError(type(self).__name__)
 
   def batch(self, seed, step, batch_size, split="train"):
