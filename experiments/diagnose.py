@@ -102,6 +102,8 @@ def trained(values):
 def memory_inputs(model, inputs, layer: int):
   """What reaches the memory of a layer: (cell, params, float32 [B, T, D]).
 
+  A row counts as one sequence: its task's resets and padding are not read.
+
   Raises:
     ValueError: where the model has no such layer.
   """
