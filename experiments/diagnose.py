@@ -17,7 +17,7 @@ numbers and one PNG for each diagnostic.
 import json
 import math
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 import jax
 import numpy as np
@@ -252,6 +252,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   with train.one_line_errors():
+    if FLAGS.verbosity == logging.WARNING:  # Orbax warns that it only reads
+      logging.set_verbosity(logging.ERROR)
     print("\n".join([*summary(run(FLAGS)), f"written to {FLAGS.workdir}"]))
 
 

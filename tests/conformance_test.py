@@ -20,6 +20,8 @@ import pytest
 import memzoo
 from memzoo.core import registry
 
+pytestmark = pytest.mark.nans  # one case holds infinities in a dead segment
+
 T = 67  # odd, past one chunk of 64
 CUT, SPLIT, DEAD = 37, 41, 10
 

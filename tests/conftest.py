@@ -40,6 +40,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
   config.addinivalue_line("markers", "slow: only in `make test-all`")
   config.addinivalue_line("markers", "parity: needs the [parity] extra")
+  config.addinivalue_line("markers", "nans: makes NaN on purpose")
+
+
+@pytest.fixture(autouse=True)
+def nan_checks(request):
+  """A NaN out of any compiled function is an error, but in tests of `nans`."""
+  with jax.debug_nans(request.node.get_closest_marker("nans") is None):
+    yield
 
 
 @pytest.hookimpl(tryfirst=True)

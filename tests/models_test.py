@@ -246,6 +246,7 @@ def test_packed_documents_equal_separate_ones(hybrid):
   assert relative(state, alone) <= FORWARD
 
 
+@pytest.mark.nans
 @pytest.mark.parametrize("pool", ["mean", "last"])
 def test_padding_may_hold_anything(pool):
   model = models.SequenceClassifier(

@@ -296,6 +296,7 @@ def test_regression_loss():
     training.regression_loss(Fixed(jnp.zeros((4, 3))), batch, (), None)
 
 
+@pytest.mark.nans
 def test_bits_loss():
   rng = np.random.default_rng(2)
   logits = rng.normal(size=(4, 3, 2)).astype(np.float32)
@@ -968,7 +969,7 @@ def test_a_task_of_unknown_kind():
   task = Tokens()
   object.__setattr__(task, "kind", "riddles")
   with pytest.raises(
-    ValueError, match="unknown kind 'riddles'; known: classification"
+    ValueError, match="unknown kind 'riddles'; known: bits, classif"
   ):
     training.Trainer(config, model, task)
 

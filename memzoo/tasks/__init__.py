@@ -72,6 +72,11 @@ from memzoo.tasks.ntm import NtmAssociativeRecall as NtmAssociativeRecall
 from memzoo.tasks.ntm import NtmCopy as NtmCopy
 from memzoo.tasks.ntm import NtmPrioritySort as NtmPrioritySort
 from memzoo.tasks.ntm import NtmRepeatCopy as NtmRepeatCopy
+from memzoo.tasks.popgym import PopgymAutoencode as PopgymAutoencode
+from memzoo.tasks.popgym import PopgymConcentration as PopgymConcentration
+from memzoo.tasks.popgym import PopgymCountRecall as PopgymCountRecall
+from memzoo.tasks.popgym import PopgymRepeatFirst as PopgymRepeatFirst
+from memzoo.tasks.popgym import PopgymRepeatPrevious as PopgymRepeatPrevious
 from memzoo.tasks.selective_copying import SelectiveCopying as SelectiveCopying
 from memzoo.tasks.state_capacity import MemoryCopy as MemoryCopy
 from memzoo.tasks.task import SPLITS as SPLITS

@@ -209,6 +209,7 @@ def test_fresh_ring(form):
   assert_holds(state, past, 2)
 
 
+@pytest.mark.nans
 def test_dead_values_stay_in_their_segment():
   c = make(seed=30, reset=0, mask=1)
   c["reset"][[9, 21]] = True

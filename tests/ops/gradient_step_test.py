@@ -196,6 +196,7 @@ def want(learner, c):
   return [*start[:count], *sums[:count], phase], [o, losses]
 
 
+@pytest.mark.nans
 @pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("form", ["scan", "chunk"])
 def test_paper_equation(learner, form):
@@ -210,6 +211,7 @@ def test_paper_equation(learner, form):
     assert checks.relative(got, outputs) <= checks.FORWARD, case
 
 
+@pytest.mark.nans
 @pytest.mark.parametrize(
   "learner,reset,mask",
   [(name, True, True) for name in DIFFERENTIATED]
@@ -236,6 +238,7 @@ def test_dual_form_equals_primal(learner, reset, mask):
   assert served >= 6
 
 
+@pytest.mark.nans
 @pytest.mark.parametrize("learner", DIFFERENTIATED)
 @pytest.mark.parametrize("form", ["scan", "chunk"])
 def test_infinity_in_a_dead_segment(learner, form):

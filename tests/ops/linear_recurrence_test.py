@@ -163,6 +163,7 @@ def test_lengths(length):
     assert out[1].shape == (length, N)
 
 
+@pytest.mark.nans
 @pytest.mark.parametrize("form", FORMS)
 def test_infinity_in_a_dead_segment(form):
   """Not over a reset, in values or gradients, in the same chunk or a later

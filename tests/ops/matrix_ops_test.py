@@ -202,6 +202,7 @@ def test_lengths(name, length):
   assert checks.relative(out, oracle(name, "scalar", c)) <= checks.FORWARD
 
 
+@pytest.mark.nans
 @pytest.mark.parametrize("form", ("scan", "chunk"))
 @pytest.mark.parametrize("name", OPS)
 def test_infinity_in_a_dead_segment(name, form):
