@@ -22,7 +22,6 @@ import jax
 
 from experiments import train
 from experiments.ppo import Agent, Ppo
-import memzoo
 from memzoo import training
 from memzoo.tasks import environments
 import memzoo.tasks.popgym  # noqa: F401, registers the games
@@ -35,7 +34,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   to = dict(flag_values=values)
   flags.DEFINE_list("cell", "gru", "A memory, or several for a hybrid.", **to)
   for name, default, about in (
-    ("cell_options", "", "Of every cell: 'num_heads=2', or JSON."),
+    ("cell_options", "", "'num_heads=2,gru.reset_after=true', or JSON."),
     ("model_options", "", "'conv_size=4,mlp_width=0', or JSON."),
     ("implementation", None, "Form of the cells in training."),
     ("env", "repeat_first", "A game of memzoo.tasks.environments."),
@@ -80,10 +79,7 @@ def build(config) -> tuple[environments.Environment, Agent]:
     config.env, config.difficulty, **options(config.env_options)
   )
   agent = Agent(
-    [
-      memzoo.make(cell, d_model=config.d_model, **options(config.cell_options))
-      for cell in config.cell
-    ],
+    train.make_cells(config),
     config.depth,
     game.observation_size + game.num_actions + 1,
     game.num_actions,

@@ -12,10 +12,10 @@ or flag files of `experiments.train`, each as it stands:
     --workdir=runs/mnist1d
 
 Every run is a run of `experiments.train` with the flags of this command, of
-its flag file, and its own. Rates are chosen on the validation split: a task
-with the option `holdout` keeps `--holdout` of its training data out of the
-sweep, and the runs that are reported train on all of it. What is reported is
-the test split, at the last step.
+its flag file, and its own. Rates are chosen on the validation split, and what
+is reported is the test split, at the last step. A task with the option
+`holdout` keeps `--holdout` of its training data out of the sweep, and the runs
+that are reported train on all of it.
 
 A run uses all devices that it sees. With `--jobs=N` N runs go on side by side,
 each in a process of its own with its share of the devices (of the cores, on a
@@ -113,40 +113,36 @@ class Runner:
         raise ValueError(f"--jobs={jobs}, and there are {count} devices")
 
   def __call__(self, runs) -> list[dict]:
-    """The rows of [(flags, split)], in their order.
+    """The rows of some runs, given by their flags, in their order.
 
     Raises:
       RuntimeError: where a run in a process of its own failed; the others are
         finished and kept.
     """
-    todo = {}
-    for values, split in runs:
-      values.eval_split = split
-      name = results.key(values)
-      if name not in self.store.rows:
-        todo.setdefault(name, (values, split))
+    todo = {results.key(values): values for values in runs}
+    todo = [v for name, v in todo.items() if name not in self.store.rows]
     if self.jobs == 1:
-      for values, split in todo.values():
-        self._finish(values, split, self._here(values, split))
+      for values in todo:
+        self._finish(values, self._here(values))
     else:
       self._apart(todo)
-    return [self.store.rows[results.key(values)] for values, _ in runs]
+    return [self.store.rows[results.key(values)] for values in runs]
 
-  def _finish(self, values, split, result):
+  def _finish(self, values, result):
     if result["stopped"]:
       raise SystemExit(0)
     curve = read_curve(self._folder(values))
-    self.store.add(results.row(values, split, result, curve))
+    self.store.add(results.row(values, result, curve))
 
   def _folder(self, values):
     return self.workdir / "runs" / results.key(values)
 
-  def _announce(self, values, split):
+  def _announce(self, values):
     label = f"{values.task} {','.join(values.cell)} lr {values.learning_rate:g}"
-    print(f"== {label} seed {values.seed} ({split})", flush=True)
+    print(f"== {label} seed {values.seed} ({values.eval_split})", flush=True)
 
-  def _here(self, values, split):
-    self._announce(values, split)
+  def _here(self, values):
+    self._announce(values)
     values.workdir = str(self._folder(values))
     return train.run(values, self.stop)
 
@@ -155,13 +151,12 @@ class Runner:
     failed = []
     with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
       started = {
-        pool.submit(self._child, values, split, free): (values, split)
-        for values, split in todo.values()
+        pool.submit(self._child, values, free): values for values in todo
       }
       for done in concurrent.futures.as_completed(started):
         result = done.result()
         if isinstance(result, dict) and not result["stopped"]:
-          self._finish(*started[done], result)
+          self._finish(started[done], result)
         elif isinstance(result, str):
           failed.append(result)
     if failed:
@@ -169,14 +164,14 @@ class Runner:
     if self.stop():
       raise SystemExit(0)
 
-  def _child(self, values, split, free):
+  def _child(self, values, free):
     """One run in a process of its own: its result, or what went wrong."""
     if self.stop():
       return None
     slot = free.pop()
     env, first = share(slot, self.jobs, *self.devices)
     try:
-      self._announce(values, split)
+      self._announce(values)
       folder = self._folder(values)
       folder.mkdir(parents=True, exist_ok=True)
       values.workdir = str(folder)
@@ -260,18 +255,18 @@ def plan(run, store) -> None:
     for size in (s.strip() for s in FLAGS.sizes.split(";"))
   ]
   chosen = [
-    ("", functools.partial(run_flags, [f"--flagfile={path}"], own), path)
+    ("", functools.partial(file_flags, path, own), path)
     for path in files(FLAGS.runs)
   ]
   chosen += [
-    (size, functools.partial(base, **rate), None)
+    (size, functools.partial(reported, base, **rate), None)
     for (size, base), rate in zip(grid, sweep(run, [b for _, b in grid]))
   ]
   runs = [
     (size, path, base(seed=seed)) for size, base, path in chosen
     for seed in FLAGS.seeds
   ]  # fmt: skip
-  run([(values, "test") for _, _, values in runs])
+  run([values for _, _, values in runs])
   for size, path, values in runs:
     label = [values.task, ",".join(values.cell), size, path or values.steps]
     store.report(label, results.group(values))
@@ -283,7 +278,7 @@ def sweep(run, grid) -> list[dict]:
   if len(rates) < 2:
     return [{"learning_rate": rates[0]} if rates else {} for _ in grid]
   trials = [
-    (held_out(base(learning_rate=rate, seed=FLAGS.seeds[0])), "validation")
+    trial(base(learning_rate=rate, seed=FLAGS.seeds[0]))
     for base in grid
     for rate in rates
   ]
@@ -292,13 +287,37 @@ def sweep(run, grid) -> list[dict]:
   return [{"learning_rate": best()} for _ in grid]
 
 
-def held_out(values):
-  """`values` with `--holdout` where the task has such an option."""
+def holds_out(values) -> bool:
+  """Whether the task can keep training data for validation."""
   options = train.parse_options(values.task_options)
-  if hasattr(tasks.make(values.task, **options), "holdout"):
+  return hasattr(tasks.make(values.task, **options), "holdout")
+
+
+def trial(values):
+  """A run that is judged on validation data."""
+  if holds_out(values):
+    options = train.parse_options(values.task_options)
     options["holdout"] = FLAGS.holdout
     values.task_options = json.dumps(options, sort_keys=True)
+    values.eval_split = "validation"
+    return values
+  return reported(lambda: values)
+
+
+def reported(base, **own):
+  """A run that is judged on the test split, too; alone, where validation data
+  would be taken from the training data. Else it serves as a trial as well."""
+  values = base(**own)
+  if holds_out(values):
+    values.eval_split = "test"
+  else:
+    values.eval_split, values.final = "validation", ["test"]
   return values
+
+
+def file_flags(path, own, **more):
+  """The run of a flag file, judged on the test split."""
+  return run_flags([f"--flagfile={path}"], own, **more, eval_split="test")
 
 
 def files(patterns) -> list[str]:

@@ -83,20 +83,19 @@ class Store:
 
   def reported(self) -> list[dict]:
     """The runs that are reported, by label in the order of the first."""
-    rows = [r for r in self.rows.values() if r["split"] == "test"]
     return [
       {**row, "size": label[2]}
       for label, name in self.reports.items()
-      for row in rows
+      for row in self.rows.values()
       if row["group"] == name
     ]
 
 
-def row(values, split: str, result: dict, curve: list) -> dict:
+def row(values, result: dict, curve: list) -> dict:
   """The line of a finished run."""
   return dict(
     key=key(values), group=group(values), task=values.task,
-    cell=",".join(values.cell), split=split,
+    cell=",".join(values.cell), split=values.eval_split,
     learning_rate=values.learning_rate, seed=values.seed, steps=values.steps,
     d_model=values.d_model, metrics=result["eval"], best=result["best"],
     train=result["train"], final=result["final"],
@@ -105,6 +104,11 @@ def row(values, split: str, result: dict, curve: list) -> dict:
     chance=result["chance"], length=result["length"], curve=curve,
     flags=identity(values),
   )  # fmt: skip
+
+
+def tested(row) -> dict:
+  """The metrics of the test split; of another where the run had none."""
+  return row["final"].get("test", row["metrics"])
 
 
 def score(row) -> float:
@@ -123,7 +127,7 @@ def summarise(rows) -> list[dict]:
   table = [
     dict(
       task=task, cell=cell, size=size, seeds=len(runs),
-      **_quality(runs),
+      **_quality([tested(r) for r in runs]),
       state_size=runs[0]["state_size"],
       parameters=runs[0]["parameters"],
       tokens_per_second=float(
@@ -136,9 +140,9 @@ def summarise(rows) -> list[dict]:
       length=runs[0]["length"],
       curves=[r["curve"] for r in runs],
       final={
-        name: _quality([{"metrics": r["final"][name]} for r in runs])
+        name: _quality([r["final"][name] for r in runs])
         for name in runs[0]["final"]
-        if all(name in r["final"] for r in runs)
+        if name != "test" and all(name in r["final"] for r in runs)
       },
     )
     for (task, cell, size, _), runs in groups.items()
@@ -151,11 +155,11 @@ def summarise(rows) -> list[dict]:
 
 
 def _quality(runs) -> dict:
-  """Accuracy in percent and loss in nats, their means and spreads."""
+  """Of the metrics of some runs: means and spreads, accuracy in percent."""
   found = {}
   for name, scale, short in (("accuracy", 100, "spread"),
                              ("loss", 1, "loss_spread")):  # fmt: skip
-    values = [scale * r["metrics"].get(name, math.nan) for r in runs]
+    values = [scale * m.get(name, math.nan) for m in runs]
     found[name] = float(np.mean(values))
     found[short] = float(np.std(values))
   return found

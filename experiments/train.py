@@ -66,7 +66,8 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   )
   text(
     "final_options", "",
-    "Task options to evaluate under, too: 'length=128|length=256'.",
+    "Task options to evaluate under, too, on the last split of --final, else "
+    "on --eval_split: 'length=128|length=256'.",
   )  # fmt: skip
   # The optimiser.
   integer("steps", 1000, "Optimiser steps.")
@@ -132,6 +133,26 @@ def _value(text: str):
   return text
 
 
+def make_cells(config) -> list[memzoo.Cell]:
+  """The memories of the attributes `cell`, `cell_options` and `d_model`.
+
+  Raises:
+    ValueError, TypeError: on unknown names and impossible options.
+  """
+  given = parse_options(config.cell_options)
+  for name in given:
+    owner = name.rpartition(".")[0]
+    if owner and owner not in config.cell:
+      raise ValueError(f"cell_options: {name!r}, and no cell is {owner!r}")
+  cells = []
+  for cell in config.cell:
+    shared = {k: v for k, v in given.items() if "." not in k}
+    own = {k.rpartition(".")[2]: v for k, v in given.items() if "." in k
+           and k.rpartition(".")[0] == cell}  # fmt: skip
+    cells.append(memzoo.make(cell, d_model=config.d_model, **shared, **own))
+  return cells
+
+
 def build(config):
   """The task and the model that flags, or whatever has their names, ask for.
 
@@ -144,17 +165,7 @@ def build(config):
     ValueError, TypeError: on unknown names and impossible options.
   """
   task = tasks.make(config.task, **parse_options(config.task_options))
-  given = parse_options(config.cell_options)
-  for name in given:
-    owner = name.rpartition(".")[0]
-    if owner and owner not in config.cell:
-      raise ValueError(f"cell_options: {name!r}, and no cell is {owner!r}")
-  cells = []
-  for cell in config.cell:
-    shared = {k: v for k, v in given.items() if "." not in k}
-    own = {k.rpartition(".")[2]: v for k, v in given.items() if "." in k
-           and k.rpartition(".")[0] == cell}  # fmt: skip
-    cells.append(memzoo.make(cell, d_model=config.d_model, **shared, **own))
+  cells = make_cells(config)
   options = dict(
     dropout=config.dropout,
     dtype=config.compute_dtype,
@@ -186,6 +197,7 @@ def finals(config, task) -> dict:
     ValueError: on task options that make a task of another kind.
   """
   found = {split: (task, split) for split in config.final}
+  judged = config.final[-1] if config.final else config.eval_split
   for text in filter(None, config.final_options.split("|")):
     options = {**parse_options(config.task_options), **parse_options(text)}
     other = tasks.make(config.task, **options)
@@ -195,7 +207,7 @@ def finals(config, task) -> dict:
           f"final_options: {text!r} changes the {name} of {config.task!r} from "
           f"{getattr(task, name)!r} to {getattr(other, name)!r}"
         )
-    found[text] = other, config.eval_split
+    found[text] = other, judged
   return found
 
 

@@ -45,7 +45,10 @@ class ChunkFunction(NamedTuple):
 
   def __call__(self, state, inputs, constants=()):
     """One chunk: (state, inputs [C, ...]) -> (state, outputs [C, ...])."""
-    local = self.prepare(inputs, constants)
+    return self.meet(state, self.prepare(inputs, constants))
+
+  def meet(self, state, local):
+    """What is left of a chunk once it is prepared: (state, outputs)."""
     if self.both is not None:
       return self.both(state, local)
     return self.advance(state, local), self.emit(state, local)
@@ -58,21 +61,25 @@ def run(
   constants=(),
   *,
   chunk_size: int,
+  group: int = 1,
   split: bool = False,
   save: tuple[str, ...] = (),
 ):
   """Runs a chunk function over a sequence.
 
   Args:
-    function: the chunk function.
+    function: the chunk function; any callable of its form where `group` is 1
+      and `split` is False.
     state: its state.
     inputs: a NamedTuple with a field `mask` (bool [T] or None); leaves
       [T, ...]. Padding to whole chunks is written as mask False and zeros.
     constants: passed to every chunk.
     chunk_size: C, a power of two. A shorter sequence takes a shorter chunk.
-    split: all `prepare` at once, then the serial walk, then all `emit`: for
-      wide machines. Otherwise a scan of checkpointed chunks, whose backward
-      recomputes a chunk from the state at its start.
+    group: G, how many chunks are prepared at once, at most. The form is a scan
+      of checkpointed groups, whose backward recomputes a group from the state
+      at its start.
+    split: all `prepare` at once, then the serial walk, then all `emit`, and
+      nothing is recomputed: for wide machines.
     save: names (`jax.ad_checkpoint.checkpoint_name`) that the backward keeps
       instead of recomputing.
 
@@ -82,6 +89,9 @@ def run(
   length = jax.tree.leaves(inputs)[0].shape[0]
   size = fit(chunk_size, length)
   count = -(-length // size)
+  if not split:
+    group = _fit_group(group, count)
+    count += -count % group
   pad = count * size - length
   if pad:
     if inputs.mask is None:
@@ -104,17 +114,42 @@ def run(
     outputs = jax.tree.map(_join, outputs)
   else:
     policy = jax.checkpoint_policies.save_only_these_names(*save)
-    body = jax.checkpoint(
-      lambda s, c: function(s, c, constants), policy=policy, prevent_cse=False
-    )
+    body = lambda s, c: function(s, c, constants)
+    if group > 1:
+      body = lambda s, c: _group(function, s, c, constants)
+      chunks = jax.tree.map(
+        lambda x: x.reshape((count // group, group) + x.shape[1:]), chunks
+      )
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     state, outputs = jax.lax.scan(body, state, chunks)
-    outputs = jax.tree.map(_join, outputs)
+    for _ in range(2 if group > 1 else 1):
+      outputs = jax.tree.map(_join, outputs)
   return state, jax.tree.map(lambda y: y[:length], outputs)
 
 
 def fit(chunk_size: int, length: int) -> int:
   """`chunk_size`, or the power of two that holds a shorter sequence."""
   return min(chunk_size, 1 << max(length - 1, 0).bit_length())
+
+
+def _fit_group(most: int, count: int) -> int:
+  """The largest group of `most` or fewer chunks that pads `count` least."""
+  sizes = range(max(min(most, count), 1), 0, -1)
+  return min(sizes, key=lambda group: -count % group)
+
+
+def _group(function: ChunkFunction, state, chunks, constants):
+  """Several chunks [G, C, ...]: prepared at once, then one after the other."""
+  local = jax.vmap(lambda c: function.prepare(c, constants))(chunks)
+  leaves, tree = jax.tree.flatten(local)
+  # Split, not indexed: the gradient of a split is one concatenation.
+  parts = zip(*(jax.lax.split(x, [1] * x.shape[0]) for x in leaves))
+  outputs = []
+  for part in parts:
+    one = tree.unflatten([x[0] for x in part])
+    state, output = function.meet(state, one)
+    outputs.append(output)
+  return state, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 
 
 def _join(y):

@@ -152,13 +152,9 @@ def scores(q, k, d: Decays, dtype=jnp.float32):
   """Σ_c q_ic k_jc (decay of c over (j, i]), zero off `pairs`: f32 [C, C].
 
   Args:
-    q: [C, K], or [N, C, K] for N sets of queries at once: [N, C, C].
-    k: [C, K].
-    d: the chunk's decays.
+    q: [C, K]; k: [C, K]; d: the chunk's decays.
     dtype: of the operands of the matmuls.
   """
-  if q.ndim == 3:
-    return jax.vmap(lambda x: scores(x, k, d, dtype))(q)
   size = q.shape[0]
   if d.blocks is None:
     out = chunk.matmul(q, k.T, dtype) * d.factor

@@ -21,6 +21,7 @@ from memzoo.ops import arguments, chunk, decay, linear_attention
 
 # Measured: python -m experiments.bench --suite=cpu (benchmarks/).
 CHUNK_SIZES = dict(cpu=32, gpu=64, tpu=64)
+GROUP = 8  # chunks whose state-free part is computed at once
 
 
 def write(s, k, v, beta, log_decay=None):
@@ -92,7 +93,13 @@ def delta_rule(
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
     "chunk": lambda: chunk.run(
-      FUNCTION, s, inputs, fresh, chunk_size=size, save=("inverse",)
+      FUNCTION,
+      s,
+      inputs,
+      fresh,
+      chunk_size=size,
+      group=GROUP,
+      save=("inverse",),
     ),
   }
   return dispatch.run("delta_rule", forms, implementation)
@@ -134,7 +141,6 @@ def _prepare(inputs: Inputs, fresh) -> Local:
   mm = partial(chunk.matmul, dtype=q.dtype)
   beta = beta.astype(jnp.float32)[:, None]
   q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-  scores = decay.scores(jnp.stack([q, k]), k, d, q.dtype)
   live = d.live[:, None]
   k_in, q_in = k32 * d.into, q32 * d.into
   right = beta * v.astype(jnp.float32)
@@ -145,7 +151,7 @@ def _prepare(inputs: Inputs, fresh) -> Local:
     out = mm(jnp.where(live, 0.0, q_in), fresh)
     kept = jnp.where(d.ends_live, 0.0, d.into[-1])[:, None] * fresh
   both = chunk.unit_lower_solve(
-    beta * scores[1],
+    beta * decay.scores(k, k, d, q.dtype),
     jnp.concatenate([right, jnp.where(live, beta * k_in, 0.0)], 1),
     q.dtype,
   )
@@ -153,7 +159,7 @@ def _prepare(inputs: Inputs, fresh) -> Local:
   return Local(
     u=u,
     w=w,
-    scores=scores[0],
+    scores=decay.scores(q, k, d, q.dtype),
     out=out,
     q_in=jnp.where(live, q_in, 0.0),
     k_out=k32 * d.onto,
@@ -192,13 +198,6 @@ def _apply(effect, s):
   return chunk.matmul(effect[0], s) + effect[1]
 
 
-def _read(s, local: Local):
-  """What the chunk reads of the state: (corrections [C, V], queries [C, V])."""
-  both = chunk.matmul(jnp.concatenate([local.w, local.q_in]), s, local.v.dtype)
-  size = local.w.shape[0]
-  return local.u - both[:size], both[size:]
-
-
 def _advance(s, local: Local):
   return _both(s, local)[0]
 
@@ -211,11 +210,12 @@ def _both(s, local: Local):
   dtype = local.v.dtype
   old = s
   s, spoiled = decay.enter(s, local.live, local.live is not None)
-  u, out = _read(s, local)
+  u = local.u - chunk.matmul(local.w, s, dtype)
   new = chunk.matmul(local.k_out.T, u, dtype)
   new = _close(local.through[:, None] * s + new, local)
   if spoiled is not None:
     new = jnp.where(spoiled[-1], old, new)
+  out = chunk.matmul(local.q_in, s, dtype)
   out += chunk.matmul(local.scores, u, dtype)
   if local.out is not None:
     out += local.out

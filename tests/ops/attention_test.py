@@ -229,6 +229,7 @@ def test_dead_values_stay_in_their_segment():
   assert np.isfinite(clean[1]).all()
 
 
+@pytest.mark.nans
 def test_what_left_the_window_is_gone():
   """Infinity too: in the ring form it is overwritten, in the chunk masked."""
   for form in ("scan", "chunk"):
