@@ -18,7 +18,6 @@ import json
 import math
 
 from absl import app, flags, logging
-from etils import epath
 import jax
 import numpy as np
 
@@ -78,17 +77,7 @@ def subject(values):
 def trained(values):
   """`subject` from a run: the inputs are those that reach the memory, and the
   vocabulary is of distinct ones among them."""
-  path = epath.Path(values.checkpoint) / "run.flags"
-  if not path.exists():
-    raise ValueError(
-      f"checkpoint: {values.checkpoint!r} has no run.flags; give the workdir "
-      "of a run of experiments.train"
-    )
-  run_flags = flags.FlagValues()
-  train.define(run_flags)
-  run_flags(["experiments.train", *path.read_text().splitlines()])
-  task, model = train.build(run_flags)
-  training.load(values.checkpoint, model, values.which)
+  _, task, model = train.restore(values.checkpoint, values.which)
   rows = max(values.batch, 64)
   batch = task.batch(values.seed, 0, rows, "test")
   cell, params, xs = memory_inputs(model, batch.inputs, values.layer)
@@ -131,11 +120,11 @@ def measure(cell, params, xs, words, values):
   if cell.differentiable:
     found["horizon_by_gradient"] = (
       figures.horizon,
-      (diagnostics.horizon_by_gradient(cell, params, xs)),
+      diagnostics.horizon_by_gradient(cell, params, xs),
     )
   found["horizon_by_perturbation"] = (
     figures.horizon,
-    (diagnostics.horizon_by_perturbation(cell, params, xs)),
+    diagnostics.horizon_by_perturbation(cell, params, xs),
   )
   if not jax.tree.leaves(cell.initial_state(params)):
     return found
@@ -167,7 +156,7 @@ def measure(cell, params, xs, words, values):
   )
   found["state_statistics"] = (
     figures.state_statistics,
-    (diagnostics.state_statistics(cell, params, xs)),
+    diagnostics.state_statistics(cell, params, xs),
   )
   found["write_map"] = (
     figures.write_map,

@@ -190,6 +190,35 @@ def build(config):
   return task, make(cells, config.depth, task.num_outputs, pool=pool, **options)
 
 
+def restore(workdir, which: str = "latest", **options):
+  """What a run of this program left in its workdir: (flags, task, model).
+
+  Args:
+    workdir: of the run.
+    which: 'best' or 'latest' checkpoint.
+    **options: task options that replace the run's.
+
+  Raises:
+    ValueError: where the workdir is not one of this program.
+    CheckpointError: where it has no such checkpoint.
+  """
+  path = epath.Path(workdir) / "run.flags"
+  if not path.exists():
+    raise ValueError(
+      f"checkpoint: {str(workdir)!r} has no run.flags; give the workdir of a "
+      "run of experiments.train"
+    )
+  values = flags.FlagValues()
+  define(values)
+  values(["experiments.train", *path.read_text().splitlines()])
+  task, model = build(values)
+  training.load(workdir, model, which)
+  if options:
+    options = {**parse_options(values.task_options), **options}
+    task = tasks.make(values.task, **options)
+  return values, task, model
+
+
 def finals(config, task) -> dict:
   """{name: (task, split)} to evaluate after the last step.
 

@@ -134,3 +134,15 @@ def pairs(key, count=6, keys=4, values=4, rewrite=False):
   targets = jnp.zeros(xs.shape[0], jnp.int32).at[-1].set(vs[last])
   weights = jnp.zeros(xs.shape[0]).at[-1].set(1.0)
   return xs, targets, weights
+
+
+def marked_bit(key, length=12):
+  """Bits, of which one among the first four is marked: input [bit, marked,
+  0 …]; from then on every output is to name that one."""
+  k_bits, k_when = jax.random.split(key)
+  bits = jax.random.bernoulli(k_bits, 0.5, (length,))
+  when = jax.random.randint(k_when, (), 0, 4)
+  xs = jnp.zeros((length, 6)).at[:, 0].set(jnp.where(bits, 1.0, -1.0))
+  xs = xs.at[when, 1].set(1.0)
+  targets = jnp.where(bits[when], 1, 0) * jnp.ones(length, jnp.int32)
+  return xs, targets, (jnp.arange(length) >= when).astype(jnp.float32)

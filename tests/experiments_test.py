@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -114,6 +116,38 @@ def test_compare_says_which_run_failed(tmp_path):
   )  # fmt: skip
   assert "a run failed" in out and "warmup 5" in out
   assert "Traceback" not in out
+
+
+def test_positions_of_a_trained_model(tmp_path):
+  """Bits per byte by position, against a count of our own."""
+  from experiments import positions
+
+  text = tmp_path / "text"
+  text.write_bytes(bytes(range(32, 96)) * 40)  # what follows is certain
+  start(
+    "train", "--cell=gru", "--task=text", "--d_model=8", "--depth=1",
+    f"--task_options=path={text},length=16", "--steps=2", "--warmup=1",
+    "--batch_size=2", f"--workdir={tmp_path / 'run'}",
+  )  # fmt: skip
+  out = start(
+    "positions", f"--runs={tmp_path}/run", "--length=24", "--windows=3",
+    "--batch_size=2", f"--workdir={tmp_path}",
+  )  # fmt: skip
+  assert "| memory | state, floats | 0 | 1 | 2–3 | 4–7 | 8–15 | 16–23 |" in out
+  (row,) = json.loads((tmp_path / "positions.json").read_text())
+  assert row["cell"] == "gru" and len(row["bits"]) == 24
+  assert (tmp_path / "positions.png").read_bytes()[:4] == b"\x89PNG"
+
+  def uniform(state, tokens):
+    return state, jax.numpy.zeros((*tokens.shape, 256))
+
+  data = np.arange(100, dtype=np.uint8)
+  bits = positions.measure(uniform, data, 8, 5, 2)
+  np.testing.assert_allclose(bits, np.full(8, 8.0), rtol=1e-6)
+  with pytest.raises(ValueError, match="the text has 100 bytes, not 101"):
+    positions.measure(uniform, data, 100, 1, 1)
+  out = start("positions", "--runs=nowhere", "--workdir=x", ok=False)
+  assert "--runs (that exist)" in out
 
 
 @pytest.mark.parametrize(

@@ -43,22 +43,10 @@ def test_paper_equation():
     assert checks.relative(got, (h, c, want)) < checks.FORWARD
 
 
-def marked_bit(key, length=12):
-  """Bits, of which one among the first four is marked: input [bit, marked,
-  0 …]; from then on every output is to name that one."""
-  k_bits, k_when = jax.random.split(key)
-  bits = jax.random.bernoulli(k_bits, 0.5, (length,))
-  when = jax.random.randint(k_when, (), 0, 4)
-  xs = jnp.zeros((length, 6)).at[:, 0].set(jnp.where(bits, 1.0, -1.0))
-  xs = xs.at[when, 1].set(1.0)
-  targets = jnp.where(bits[when], 1, 0) * jnp.ones(length, jnp.int32)
-  return xs, targets, (jnp.arange(length) >= when).astype(jnp.float32)
-
-
 def test_signature_behaviour():
   """It learns to write one bit and to hold it while others pass."""
   cell = memzoo.make("lstm", d_model=6)
-  _, accuracy = checks.learn(cell, marked_bit, 400, rate=3e-2)
+  _, accuracy = checks.learn(cell, checks.marked_bit, 400, rate=3e-2)
   assert accuracy > 0.95, accuracy
 
 
