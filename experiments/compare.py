@@ -59,6 +59,14 @@ flags.DEFINE_integer("limit_steps", None, "Cut every run: for a quick look.")
 flags.DEFINE_integer("jobs", 1, "Runs that go on side by side.", lower_bound=1)
 
 
+# A Python program that takes its cores first, then becomes another.
+PINNED = (
+  "import os, sys; cores, *rest = sys.argv[1:]; "
+  "os.sched_setaffinity(0, map(int, cores.split(','))); "
+  "os.execv(sys.executable, [sys.executable, *rest])"
+)
+
+
 def run_flags(*sources, **own):
   """The flags of one run: defaults, then each list of arguments, then `own`.
 
@@ -169,7 +177,7 @@ class Runner:
     if self.stop():
       return None
     slot = free.pop()
-    env, first = share(slot, self.jobs, *self.devices)
+    env, python = share(slot, self.jobs, *self.devices)
     try:
       self._announce(values)
       folder = self._folder(values)
@@ -183,10 +191,8 @@ class Runner:
       log = folder / "log.txt"
       with log.open("w") as file:
         child = subprocess.Popen(
-          [sys.executable, "-m", "experiments.train",
-           *filter(None, arguments)],
+          [*python, "-m", "experiments.train", *filter(None, arguments)],
           stdout=file, stderr=subprocess.STDOUT, text=True, env=env,
-          preexec_fn=first,
         )  # fmt: skip
         while child.poll() is None:
           try:
@@ -218,20 +224,19 @@ def devices() -> tuple[str, int]:
 
 
 def share(slot: int, jobs: int, platform: str, count: int):
-  """(environment, function to call first) of a process with its share."""
-  env = dict(os.environ)
+  """(environment, how Python is started) of a process with its share."""
+  env, python = dict(os.environ), [sys.executable]
   if platform != "cpu":
     name = (
       "TPU_VISIBLE_DEVICES" if platform == "tpu" else "CUDA_VISIBLE_DEVICES"
     )
     every = [d for d in env.get(name, "").split(",") if d] or range(count)
     env[name] = ",".join(map(str, list(every)[slot::jobs]))
-    return env, None
-  if not hasattr(os, "sched_setaffinity"):
-    return env, None
-  cores = sorted(os.sched_getaffinity(0))
-  mine = cores[slot::jobs] or cores
-  return env, lambda: os.sched_setaffinity(0, mine)
+  elif hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[slot::jobs] or cores
+    python += ["-c", PINNED, ",".join(map(str, mine))]
+  return env, python
 
 
 def read_curve(folder) -> list:

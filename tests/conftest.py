@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -39,6 +40,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
   config.addinivalue_line("markers", "slow: only in `make test-all`")
+  if not hasattr(config, "workerinput"):  # workers inherit the environment
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    whole &= not config.getoption("--record")
+    os.environ["MEMZOO_TEST_SAMPLE"] = str(int(whole))
   config.addinivalue_line("markers", "parity: needs the [parity] extra")
   config.addinivalue_line("markers", "nans: makes NaN on purpose")
 
@@ -50,16 +55,64 @@ def nan_checks(request):
     yield
 
 
+ROOT = pathlib.Path(__file__).parent.parent
+SAMPLE = 5  # cells that the default tier takes beside those that changed
+
+
+def git(*arguments):
+  """What git prints, by lines; [] where there is no repository."""
+  done = subprocess.run(
+    ["git", *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+  return done.stdout.split() if done.returncode == 0 else []
+
+
+def default_cells(names):
+  """Which cells the default tier tests: those that changed against main (on
+  main, in the last commit), all where what they share did, and a sample that
+  rotates with the commit."""
+  head = git("rev-parse", "HEAD")
+  if not head:
+    return set(names)
+  base = git("merge-base", "HEAD", "main")
+  base = "HEAD~1" if base in ([], head) else base[0]
+  changed = [pathlib.PurePath(p) for p in git("diff", "--name-only", base)]
+  changed += map(
+    pathlib.PurePath, git("ls-files", "--others", "--exclude-standard")
+  )
+  shared = (
+    "memzoo/core", "memzoo/ops", "tests/checks", "tests/conf",
+  )  # fmt: skip
+  if any(
+    str(path).startswith(shared) and path.suffix == ".py" for path in changed
+  ):
+    return set(names)
+  stems = {path.stem.removesuffix("_test") for path in changed}
+  first = int(head[0][:8], 16)
+  sample = {names[(first + n) % len(names)] for n in range(SAMPLE)}
+  return sample | stems & set(names)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   # One worker per file, since its tests share compilations; the conformance
-  # suite is spread over the workers by cell.
+  # suite is spread over the workers by cell. The cells that the default tier
+  # leaves to the slow one are marked here.
+  import memzoo
+
+  names = list(memzoo.names())
+  whole = os.environ["MEMZOO_TEST_SAMPLE"] == "1"
+  chosen = default_cells(names) if whole else set(names)
   for item in items:
     group = item.path.stem
+    cell = group.removesuffix("_test")
     callspec = getattr(item, "callspec", None)
     if group == "conformance_test" and callspec is not None:
-      group += "-" + callspec.params["name"]
+      cell = callspec.params["name"]
+      group += "-" + cell
     item.add_marker(pytest.mark.xdist_group(group))
+    if cell in names and cell not in chosen:
+      item.add_marker(pytest.mark.slow)
   if config.getoption("--slow"):
     return
   skip = pytest.mark.skip(reason="slow: run with --slow (make test-all)")

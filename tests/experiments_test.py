@@ -150,6 +150,35 @@ def test_positions_of_a_trained_model(tmp_path):
   assert "--runs (that exist)" in out
 
 
+def test_regret_of_known_predictors(tmp_path):
+  """The uniform predictor against the closed sum; a trained run by command."""
+  from experiments import regret
+  from memzoo import tasks
+
+  task = tasks.make("bernoulli_small", length=8)
+
+  def uniform(state, tokens):
+    return state, jax.numpy.zeros((*tokens.shape, 2))
+
+  found = regret.measure(uniform, task, 40, 20)
+  batches = [task.batch(0, step, 20, "test") for step in range(2)]
+  logs = np.full((20, 8, 2), np.log(0.5))
+  want = np.concatenate([task.regret(logs, batch) for batch in batches])
+  np.testing.assert_allclose(found["regret"][-1], want.mean(), rtol=1e-5)
+  np.testing.assert_allclose(found["bayes"], 8 - want.mean(), rtol=1e-5)
+  start(
+    "train", "--cell=gru", "--task=bernoulli_small", "--d_model=8", "--depth=1",
+    "--task_options=num_test=4,length=8", "--steps=2", "--warmup=1",
+    "--batch_size=2", f"--workdir={tmp_path / 'run'}",
+  )  # fmt: skip
+  out = start(
+    "regret", f"--runs={tmp_path}/run", "--length=12", "--sequences=8",
+    "--batch_size=4", f"--workdir={tmp_path}",
+  )  # fmt: skip
+  assert "bits above Bayes'" in out and "on 12 bits" in out
+  assert (tmp_path / "regret.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
   "arguments,message",
   [
