@@ -67,6 +67,7 @@ def test_recomputing_gives_the_same_policy(arguments):
     assert -1 <= update["returns"] / update["episodes"] <= 1
 
 
+@pytest.mark.slow
 def test_equal_seeds_equal_numbers():
   runs = [two_updates(f"--seed={seed}") for seed in (0, 0, 1)]
   assert same(runs[0], runs[1]) and not same(runs[0], runs[2])

@@ -695,6 +695,7 @@ def test_inputs_of_a_layer():
     diagnose.memory_inputs(model, tokens, 3)
 
 
+@pytest.mark.slow
 def test_program_on_a_checkpoint(tmp_path):
   """The trained parameters of the layer asked for, and what reaches it."""
   values = flags.FlagValues()

@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = sorted((ROOT / "experiments").glob("*/*.flags"))
-NAMES = [f"{path.parent.name}/{path.name}" for path in FILES]
+EVERY = sorted((ROOT / "experiments").glob("*/*.flags"))
+GRIDS = [path for path in EVERY if "\n--cells=" in path.read_text()]
+FILES = [path for path in EVERY if path not in GRIDS]
+
+
+def name(path):
+  return f"{path.parent.name}/{path.name}"
 
 
 def start(program, *arguments, ok=True):
@@ -25,20 +30,21 @@ def start(program, *arguments, ok=True):
   return done.stdout if ok else done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", EVERY, ids=name)
 def test_flag_file_says_what_it_is(path):
   """Its header has the command, the time, the device and the result."""
   header = [line for line in path.read_text().splitlines() if line[:1] == "#"]
   text = " ".join(line.strip("# ") for line in header)
   relative = path.relative_to(ROOT)
   assert f"--flagfile={relative}" in text, "no command"
-  for word in ("Expected", "cores", "Paper"):
+  paper = "Claim" if path in GRIDS else "Paper"
+  for word in ("Expected", "cores", paper):
     assert word in text, f"the header has no {word!r}"
   assert re.search(r"\d{4}-\d\d-\d\d", text), "no date"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_flag_file_runs(path, tmp_path):
   out = start(
     "train", f"--flagfile={path}", f"--workdir={tmp_path}", "--steps=2",
@@ -46,6 +52,17 @@ def test_flag_file_runs(path, tmp_path):
   )  # fmt: skip
   result = json.loads(out.splitlines()[-1])
   assert result["step"] == 2 and result["skipped"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GRIDS, ids=name)
+def test_grid_runs(path, tmp_path):
+  start(
+    "compare", f"--flagfile={path}", f"--workdir={tmp_path}", "--steps=2",
+    "--warmup=1", "--batch_size=2", "--seeds=0", "--learning_rates=1e-3",
+    "--eval_every=0",
+  )  # fmt: skip
+  assert (tmp_path / "table.md").exists()
 
 
 def test_compare_goes_on_where_it_stopped(tmp_path):
@@ -118,10 +135,8 @@ def test_compare_says_which_run_failed(tmp_path):
   assert "Traceback" not in out
 
 
+@pytest.mark.slow
 def test_positions_of_a_trained_model(tmp_path):
-  """Bits per byte by position, against a count of our own."""
-  from experiments import positions
-
   text = tmp_path / "text"
   text.write_bytes(bytes(range(32, 96)) * 40)  # what follows is certain
   start(
@@ -137,6 +152,12 @@ def test_positions_of_a_trained_model(tmp_path):
   (row,) = json.loads((tmp_path / "positions.json").read_text())
   assert row["cell"] == "gru" and len(row["bits"]) == 24
   assert (tmp_path / "positions.png").read_bytes()[:4] == b"\x89PNG"
+  out = start("positions", "--runs=nowhere", "--workdir=x", ok=False)
+  assert "--runs (that exist)" in out
+
+
+def test_positions_of_a_known_predictor():
+  from experiments import positions
 
   def uniform(state, tokens):
     return state, jax.numpy.zeros((*tokens.shape, 256))
@@ -146,12 +167,10 @@ def test_positions_of_a_trained_model(tmp_path):
   np.testing.assert_allclose(bits, np.full(8, 8.0), rtol=1e-6)
   with pytest.raises(ValueError, match="the text has 100 bytes, not 101"):
     positions.measure(uniform, data, 100, 1, 1)
-  out = start("positions", "--runs=nowhere", "--workdir=x", ok=False)
-  assert "--runs (that exist)" in out
 
 
-def test_regret_of_known_predictors(tmp_path):
-  """The uniform predictor against the closed sum; a trained run by command."""
+def test_regret_of_a_known_predictor():
+  """The uniform predictor against the closed sum."""
   from experiments import regret
   from memzoo import tasks
 
@@ -166,6 +185,10 @@ def test_regret_of_known_predictors(tmp_path):
   want = np.concatenate([task.regret(logs, batch) for batch in batches])
   np.testing.assert_allclose(found["regret"][-1], want.mean(), rtol=1e-5)
   np.testing.assert_allclose(found["bayes"], 8 - want.mean(), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_regret_of_a_trained_model(tmp_path):
   start(
     "train", "--cell=gru", "--task=bernoulli_small", "--d_model=8", "--depth=1",
     "--task_options=num_test=4,length=8", "--steps=2", "--warmup=1",

@@ -247,7 +247,9 @@ def test_packed_documents_equal_separate_ones(hybrid):
 
 
 @pytest.mark.nans
-@pytest.mark.parametrize("pool", ["mean", "last"])
+@pytest.mark.parametrize(
+  "pool", ["mean", pytest.param("last", marks=pytest.mark.slow)]
+)
 def test_padding_may_hold_anything(pool):
   model = models.SequenceClassifier(
     [gru(), linear()], 2, 3, d_input=2, pool=pool, mlp_width=5,
@@ -388,7 +390,9 @@ def test_pattern_is_the_shortest():
 # Training at the boundary
 
 
-@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(
+  "graph", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_split_merge_jit_grad_optax(hybrid, graph):
   """The subset of NNX that means the same in graph and in tree mode."""
   inputs = tokens(3, 5)

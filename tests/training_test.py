@@ -469,7 +469,9 @@ def test_nan_in_the_memory_rejects_the_step():
   assert np.isfinite(state.memory["h"]).all()
 
 
-@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+  "streams", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_accumulation_equals_the_big_batch(streams):
   results = []
   for parts in (1, 2, 4):
