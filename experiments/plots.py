@@ -67,7 +67,8 @@ def _has_accuracy(r):
 
 
 def curves(table):
-  """Learning curves, the mean over seeds with its range as a band."""
+  """What runs were evaluated on as they went, by default the validation split:
+  the mean over seeds, with their range as a band."""
   tasks = _tasks(table, lambda r: any(len(c) > 1 for c in r["curves"]))
   if not tasks:
     return None
@@ -92,7 +93,7 @@ def curves(table):
       axis.axhline(rows[0]["chance"], color="grey", linestyle=":", linewidth=1)
       axis.set_ylim(0, 103)
     axis.set_xlabel("step")
-    axis.set_ylabel(LABELS["accuracy"] if scale == 100 else "loss")
+    axis.set_ylabel("accuracy, %" if scale == 100 else "loss")
   _legend(figure, colours)
   return figure
 
