@@ -7,6 +7,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from task_checks import check_shapes, same, score
 
 from memzoo import tasks
 from memzoo.tasks import cache, mnist1d, sampling, tfds as tfds_tasks
@@ -54,46 +55,6 @@ def text_file(tmp_path):
   values = np.random.default_rng(0).integers(0, 256, 2000, dtype=np.uint8)
   path.write_bytes(values.tobytes())
   return path
-
-
-def score(task, batch, predictions) -> float:
-  targets, weights = np.asarray(batch.targets), np.asarray(batch.weights)
-  assert predictions.shape == targets.shape
-  return float((weights * (predictions == targets)).sum() / weights.sum())
-
-
-def leaves(batch):
-  return [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-
-
-def same(a, b) -> bool:
-  a, b = leaves(a), leaves(b)
-  return len(a) == len(b) and all(
-    x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-    for x, y in zip(a, b)
-  )
-
-
-def check_shapes(task, batch, rows):
-  """A batch is what the fields of its task announce."""
-  inputs, targets = np.asarray(batch.inputs), np.asarray(batch.targets)
-  weights = np.asarray(batch.weights)
-  length = inputs.shape[1]
-  assert length <= task.length
-  if task.vocab_size is None:
-    assert inputs.dtype == np.float32
-    assert inputs.shape == (rows, length, task.d_input)
-  else:
-    assert inputs.dtype == np.int32 and inputs.shape == (rows, length)
-    assert 0 <= inputs.min() and inputs.max() < task.vocab_size
-  assert weights.dtype == np.float32
-  assert targets.dtype == np.int32
-  assert weights.shape == targets.shape
-  assert targets.shape == ((rows, length) if task.kind == "tokens" else (rows,))
-  assert 0 <= targets.min() and targets.max() < task.num_outputs
-  for flags in (batch.reset, batch.mask):
-    if flags is not None:
-      assert flags.dtype == bool and flags.shape == (rows, length)
 
 
 class TestGenerated:
