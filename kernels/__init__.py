@@ -1,6 +1,8 @@
 """Pallas kernels for TPU and GPU, installed as `memzoo.kernels`.
 
 One folder per op. A kernel is an implementation ('pallas') of an op of
-`memzoo.ops` and is reached through it; there is none yet, and every op runs by
-its XLA forms on all platforms.
+`memzoo.ops` and is reached through it.
 """
+
+from memzoo.kernels.interpret import interpret as interpret
+from memzoo.kernels.interpret import interpreting as interpreting

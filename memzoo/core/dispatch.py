@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import jax
 
 IMPLEMENTATIONS = (
-  "step", "scan", "assoc", "chunk", "pallas", "jla", "tokamax", "cudnn",
+  "step", "scan", "assoc", "chunk", "dense", "pallas", "jla", "tokamax",
+  "cudnn",
 )  # fmt: skip
 
 # Order of preference by platform and op; '' is every op that is not named.
 # The CPU rows come from `python -m experiments.bench --suite=cpu`
-# (benchmarks/); the others follow the CPU's until a device has been measured.
+# (benchmarks/); the others follow the CPU's until a device has been measured:
+# until then a kernel runs only where it is asked for by name.
 PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
   "cpu": {
     "": ("chunk", "scan", "assoc", "step"),
@@ -33,12 +35,12 @@ PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "selective_scan": ("scan", "chunk", "step"),
   },
   "gpu": {
-    "": ("pallas", "chunk", "assoc", "scan", "step"),
-    "linear_recurrence": ("pallas", "assoc", "chunk", "scan", "step"),
+    "": ("chunk", "assoc", "scan", "dense", "pallas", "step"),
+    "linear_recurrence": ("assoc", "chunk", "scan", "pallas", "step"),
   },
   "tpu": {
-    "": ("pallas", "chunk", "assoc", "scan", "step"),
-    "linear_recurrence": ("pallas", "assoc", "chunk", "scan", "step"),
+    "": ("chunk", "assoc", "scan", "dense", "pallas", "step"),
+    "linear_recurrence": ("assoc", "chunk", "scan", "pallas", "step"),
   },
 }
 

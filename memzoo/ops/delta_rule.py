@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay, linear_attention
 
 # Measured: python -m experiments.bench --suite=cpu (benchmarks/).
@@ -93,13 +94,17 @@ def delta_rule(
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
     "chunk": lambda: chunk.run(
-      FUNCTION,
+      FUNCTION._replace(prepare=partial(_prepare, name="inverse")),
       s,
       inputs,
       fresh,
       chunk_size=size,
       group=GROUP,
       save=("inverse",),
+      columns=True,
+    ),
+    "pallas": lambda: chunk_scan(
+      FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
     ),
   }
   return dispatch.run("delta_rule", forms, implementation)
@@ -126,46 +131,50 @@ class Local(NamedTuple):
   q_in: jax.Array  # [C, K] reads the incoming state
   k_out: jax.Array  # [C, K] keys decayed to the chunk's end
   kept: jax.Array | None  # [K, V] what stays of a learned fresh state
-  through: jax.Array  # [G]
+  through: jax.Array  # [G, 1]
   live: jax.Array | None
   poison: jax.Array | None
   v: jax.Array  # for its dtype
 
 
-def _prepare(inputs: Inputs, fresh) -> Local:
+def _prepare(inputs: Inputs, fresh, name: str | None = None) -> Local:
   bad, g, q, k, v, beta = decay.quarantine(
     inputs.reset, inputs.mask, inputs.log_decay, inputs.q, inputs.k, inputs.v,
     inputs.beta,
   )  # fmt: skip
   d = decay.decays(g, inputs.reset, inputs.mask, bad, q.shape[0])
   mm = partial(chunk.matmul, dtype=q.dtype)
-  beta = beta.astype(jnp.float32)[:, None]
+  beta = beta.astype(jnp.float32)
   q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-  live = d.live[:, None]
   k_in, q_in = k32 * d.into, q32 * d.into
   right = beta * v.astype(jnp.float32)
-  out = kept = None
-  if fresh is not None and inputs.reset is not None:
-    fresh = fresh.astype(jnp.float32)
-    right -= beta * mm(jnp.where(live, 0.0, k_in), fresh)
-    out = mm(jnp.where(live, 0.0, q_in), fresh)
-    kept = jnp.where(d.ends_live, 0.0, d.into[-1])[:, None] * fresh
-  both = chunk.unit_lower_solve(
+  live = out = kept = None
+  if inputs.reset is not None:
+    live = d.live
+    if fresh is not None:
+      fresh = fresh.astype(jnp.float32)
+      right -= beta * mm(chunk.where(live, 0.0, k_in), fresh)
+      out = mm(chunk.where(live, 0.0, q_in), fresh)
+      kept = chunk.where(d.ends_live, 0.0, chunk.last(d.into))
+      kept = chunk.column(kept) * fresh
+    k_in = chunk.where(live, k_in, 0.0)
+    q_in = chunk.where(live, q_in, 0.0)
+  u, w = chunk.unit_lower_solve(
     beta * decay.scores(k, k, d, q.dtype),
-    jnp.concatenate([right, jnp.where(live, beta * k_in, 0.0)], 1),
+    (right, beta * k_in),
     q.dtype,
+    name,
   )
-  u, w = both[:, : v.shape[1]], both[:, v.shape[1] :]
   return Local(
     u=u,
     w=w,
     scores=decay.scores(q, k, d, q.dtype),
     out=out,
-    q_in=jnp.where(live, q_in, 0.0),
+    q_in=q_in,
     k_out=k32 * d.onto,
     kept=kept,
     through=d.through,
-    live=None if inputs.reset is None else d.live,
+    live=live,
     poison=d.poison,
     v=v,
   )
@@ -175,7 +184,7 @@ def _effect(local: Local):
   dtype = local.v.dtype
   matrix = -chunk.matmul(local.k_out.T, local.w, dtype)
   eye = jnp.eye(matrix.shape[0], dtype=jnp.float32)
-  matrix += local.through[:, None] * eye
+  matrix += local.through * eye
   return matrix, _close(chunk.matmul(local.k_out.T, local.u, dtype), local)
 
 
@@ -183,7 +192,7 @@ def _close(added, local):
   if local.kept is not None:
     added += local.kept
   if local.poison is not None:
-    added = jnp.where(local.poison[-1], jnp.nan, added)
+    added = chunk.where(chunk.last(local.poison), jnp.nan, added)
   return added
 
 
@@ -212,9 +221,9 @@ def _both(s, local: Local):
   s, spoiled = decay.enter(s, local.live, local.live is not None)
   u = local.u - chunk.matmul(local.w, s, dtype)
   new = chunk.matmul(local.k_out.T, u, dtype)
-  new = _close(local.through[:, None] * s + new, local)
+  new = _close(local.through * s + new, local)
   if spoiled is not None:
-    new = jnp.where(spoiled[-1], old, new)
+    new = chunk.where(chunk.last(spoiled), old, new)
   out = chunk.matmul(local.q_in, s, dtype)
   out += chunk.matmul(local.scores, u, dtype)
   if local.out is not None:
@@ -224,6 +233,14 @@ def _both(s, local: Local):
 
 FUNCTION = chunk.ChunkFunction(
   _prepare, _advance, _emit, _effect, _compose, _apply, _both
+)
+
+
+AXES = Axes(
+  state="KV",
+  inputs=Inputs("CK", "CK", "CV", "C1", "CK", "C1", "C1"),
+  constants="KV",
+  outputs="CV",
 )
 
 

@@ -75,7 +75,7 @@ def step(state: State, q, k, v, rate, learner: Learner, residual: bool = False):
   full = state.phase + 1 == learner.rates.shape[0]
   kept = State(state.model, grads, state.phase + 1)
   state = jax.tree.map(lambda a, b: jnp.where(full, a, b), start(model), kept)
-  return state, Outputs(o.astype(v.dtype), loss)
+  return state, Outputs(o.astype(v.dtype), loss[0])
 
 
 def positions(
@@ -178,7 +178,10 @@ def _dual(state, inputs: Inputs, learner, residual, fresh):
   size = learner.rates.shape[0]
   if inputs.reset is not None:
     body = partial(_chunk, residual=residual)
-    return chunk.run(body, state, inputs, (learner, fresh), chunk_size=size)
+    state, outputs = chunk.run(
+      body, state, inputs, (learner, fresh), chunk_size=size, columns=True
+    )
+    return state, outputs._replace(loss=outputs.loss[:, 0])
   # Without resets the tokens are moved so that mini-batches are chunks: the
   # first token takes slot `phase`, and no slot is left empty in between.
   length, mask, phase = inputs.rate.shape[0], inputs.mask, state.phase
@@ -201,29 +204,36 @@ def _dual(state, inputs: Inputs, learner, residual, fresh):
   taken = (index >= phase) & (index < phase + count)
   moved = jax.tree.map(place, inputs._replace(mask=None))._replace(mask=taken)
   body = partial(_mini_batch, residual=residual)
-  state, outputs = chunk.run(body, state, moved, learner, chunk_size=size)
+  state, outputs = chunk.run(
+    body, state, moved, learner, chunk_size=size, columns=True
+  )
+  outputs = outputs._replace(loss=outputs.loss[:, 0])
   return state, jax.tree.map(back, outputs)
+
+
+# What follows works on tiles (`chunk.as_tiles`, `chunk.as_columns`): biases and
+# rates are rows [1, N], the phase is [1, 1], flags are float32 [C, 1].
 
 
 def _mini_batch(state: State, inputs: Inputs, learner: Learner, *, residual):
   """A chunk that is one mini-batch, or the part of it that is there."""
-  size = learner.rates.shape[0]
+  batch = learner.rates.shape[1]
   mm = partial(chunk.matmul, dtype=inputs.q.dtype)
   x, target = _task(inputs.k, inputs.v, residual)
   g, loss = _gradient(_predict(state.model, x, mm), target, learner)
-  rate = jnp.where(inputs.mask, inputs.rate.astype(jnp.float32), 0.0)
+  rate = chunk.where(inputs.mask, inputs.rate.astype(jnp.float32), 0.0)
   grads = _sums(rate, x, g, state.grads, mm)
-  new = _learned(state.model, learner.rates[-1], grads)
+  new = _learned(state.model, _last_rate(learner), grads)
   q = inputs.q.astype(jnp.float32)
-  own = _own_steps(chunk.lower(size), rate, q, x, g, state.model, mm)
-  z = _predict(state.model, q, mm) - learner.rates[:, None] * (
+  pairs = chunk.lower(inputs.rate.shape[0])
+  own = _own_steps(pairs, rate, q, x, g, state.model, mm)
+  z = _predict(state.model, q, mm) - chunk.column(learner.rates) * (
     _predict(state.grads, q, mm) + own
   )
   o = _read(z, q, learner, residual)
-  total = state.phase + jnp.sum(inputs.mask.astype(jnp.int32))
-  full = total == size
+  total = state.phase + jnp.sum(inputs.mask, axis=0, keepdims=True)
   kept = State(state.model, grads, total)
-  state = jax.tree.map(lambda a, b: jnp.where(full, a, b), start(new), kept)
+  state = _pick((total == batch).astype(jnp.float32), _begin(new), kept)
   return state, _outputs(o, loss, inputs)
 
 
@@ -236,85 +246,98 @@ def _chunk(state: State, inputs: Inputs, constants, *, residual):
   mini-batch inside the chunk, so three starting models serve every token.
   """
   learner, fresh = constants
-  size, batch = inputs.rate.shape[0], learner.rates.shape[0]
+  size, batch = inputs.rate.shape[0], learner.rates.shape[1]
   mm = partial(chunk.matmul, dtype=inputs.q.dtype)
   bad, _, q, k, v, rate = decay.quarantine(
     inputs.reset, inputs.mask, None, inputs.q, inputs.k, inputs.v, inputs.rate
   )
-  there = jnp.ones((size,), bool) if inputs.mask is None else inputs.mask
+  there = jnp.ones((size, 1), jnp.float32)
+  there = there if inputs.mask is None else inputs.mask
   x, target = _task(k, v, residual)
   q, rate = q.astype(jnp.float32), rate.astype(jnp.float32)
 
   # Which tokens share a segment, and a piece.
-  segment = chunk.running_sum(inputs.reset.astype(jnp.float32)[:, None])[:, 0]
-  live = segment == 0
-  same = chunk.lower(size) & (segment[:, None] == segment)
-  number = chunk.matmul(
-    same.astype(jnp.float32), there.astype(jnp.float32)[:, None]
-  )[:, 0].astype(jnp.int32)
-  number += jnp.where(live, state.phase, 0)  # tokens of the segment up to here
-  later = number > batch
-  first = live & ~later
-  place = jnp.where(later, number - batch, number) - 1
-  rates = learner.rates[jnp.maximum(place, 0)][:, None]
+  segment = decay.sums(chunk.lower(size), inputs.reset)
+  live = (segment == 0).astype(jnp.float32)
+  same = chunk.lower(size) & (segment == chunk.row(segment))
+  # Tokens of the segment up to here.
+  number = decay.sums(same, there) + live * state.phase
+  later = (number > batch).astype(jnp.float32)
+  first = live * (1.0 - later)
+  rates = _rates_at(learner, number - batch * later - 1.0)
 
   # A state that is not finite is kept from the segments after a reset.
-  spoiled = ~jnp.all(
-    jnp.stack([jnp.isfinite(s).all() for s in jax.tree.leaves(state)])
-  )
+  spoiled = jnp.zeros((1, 1), jnp.float32)
+  for s in jax.tree.leaves(state):
+    spoiled = jnp.maximum(spoiled, decay.any_bad(s))
   model, old = jax.tree.map(
-    lambda s: jnp.where(spoiled, jnp.zeros_like(s), s),
-    (state.model, state.grads),
+    lambda s: chunk.where(spoiled, 0.0, s), (state.model, state.grads)
   )
-  poison = jnp.any(same & bad, axis=1) | (live & spoiled)
+  poison = (decay.sums(same, bad) > 0).astype(jnp.float32)
+  poison = jnp.maximum(poison, live * spoiled)
 
   def choose(a, b, c):
-    return jnp.where(first[:, None], a, jnp.where(live[:, None], b, c))
+    return chunk.where(first, a, chunk.where(live, b, c))
 
   z = _predict(model, x, mm)
   g, _ = _gradient(z, target, learner)
-  grads = _sums(jnp.where(first, rate, 0.0), x, g, old, mm)
-  second = _learned(model, learner.rates[-1], grads)
+  grads = _sums(first * rate, x, g, old, mm)
+  second = _learned(model, _last_rate(learner), grads)
   z = choose(z, _predict(second, x, mm), _predict(fresh, x, mm))
   g, loss = _gradient(z, target, learner)
 
-  pairs = same & (later[:, None] == later)
+  pairs = same & (later == chunk.row(later))
   own = _own_steps(pairs, rate, q, x, g, model, mm)
   z = choose(
     _predict(model, q, mm) - rates * _predict(old, q, mm),
     _predict(second, q, mm),
     _predict(fresh, q, mm),
   )
-  o = _read(z - rates * own, q, learner, residual)
-  o = decay.spoil(o, poison)
-  loss = jnp.where(poison, jnp.nan, loss)
+  o = decay.spoil(_read(z - rates * own, q, learner, residual), poison)
+  loss = decay.spoil(loss, poison)
 
   # The state at the end: that of the last piece.
-  total = number[-1]
-  ends_live = live[-1]
-  in_first = ends_live & (total < batch)
-  full = ~ends_live & (total == batch)
-  last = (segment == segment[-1]) & ~first
-  tail = _sums(
-    jnp.where(last, rate, 0.0), x, g, jax.tree.map(jnp.zeros_like, old), mm
-  )
-  base = jax.tree.map(lambda b, c: jnp.where(ends_live, b, c), second, fresh)
-  done = start(_learned(base, learner.rates[-1], tail))
-  pick = lambda flag, a, b: jax.tree.map(
-    lambda x, y: jnp.where(flag, x, y), a, b
-  )
-  phase = total % batch
-  new = pick(full, done, State(base, tail, phase))
-  new = pick(in_first, State(model, grads, phase), new)
-  nan = lambda s: jnp.where(poison[-1], jnp.nan, s)
+  total, ends_live = chunk.last(number), chunk.last(live)
+  in_first = ends_live * (total < batch).astype(jnp.float32)
+  full = (1.0 - ends_live) * (total == batch).astype(jnp.float32)
+  tail = (segment == chunk.last(segment)).astype(jnp.float32) * (1.0 - first)
+  nothing = jax.tree.map(jnp.zeros_like, old)
+  tail = _sums(tail * rate, x, g, nothing, mm)
+  base = _pick(ends_live, second, fresh)
+  done = _begin(_learned(base, _last_rate(learner), tail))
+  phase = jnp.where(total >= batch, total - batch, total)
+  new = _pick(full, done, State(base, tail, phase))
+  new = _pick(in_first, State(model, grads, phase), new)
+  nan = lambda s: chunk.where(chunk.last(poison), jnp.nan, s)
   new = State(*jax.tree.map(nan, (new.model, new.grads)), new.phase)
   return new, _outputs(o, loss, inputs)
 
 
+def _begin(model: Model) -> State:
+  grads = jax.tree.map(jnp.zeros_like, model)
+  return State(model, grads, jnp.zeros((1, 1), jnp.float32))
+
+
+def _pick(flag, a, b):
+  return jax.tree.map(lambda x, y: chunk.where(flag, x, y), a, b)
+
+
+def _rates_at(learner: Learner, place):
+  """λ of places [C, 1] in a mini-batch."""
+  shape = place.shape[0], learner.rates.shape[1]
+  index = jax.lax.broadcasted_iota(jnp.int32, shape, 1).astype(jnp.float32)
+  terms = jnp.where(index == jnp.maximum(place, 0.0), learner.rates, 0.0)
+  return jnp.sum(terms, axis=1, keepdims=True)
+
+
+def _last_rate(learner: Learner):
+  last = jnp.full((1, 1), learner.rates.shape[1] - 1, jnp.float32)
+  return _rates_at(learner, last)
+
+
 def _outputs(o, loss, inputs: Inputs) -> Outputs:
   if inputs.mask is not None:
-    o = jnp.where(inputs.mask[:, None], o, 0.0)
-    loss = jnp.where(inputs.mask, loss, 0.0)
+    o, loss = (chunk.where(inputs.mask, y, 0.0) for y in (o, loss))
   return Outputs(o.astype(inputs.v.dtype), loss)
 
 
@@ -336,10 +359,10 @@ def _read(z, q, learner: Learner, residual):
 
 
 def _gradient(z, target, learner: Learner):
-  """(∂ℓ/∂z [..., V], ℓ [...]) for ℓ = ½ ‖LN(z) − target‖²."""
+  """(∂ℓ/∂z [..., V], ℓ [..., 1]) for ℓ = ½ ‖LN(z) − target‖²."""
   if learner.norm_scale is None:
     error = z - target
-    return error, 0.5 * jnp.sum(jnp.square(error), axis=-1)
+    return error, 0.5 * jnp.sum(jnp.square(error), axis=-1, keepdims=True)
   mean = partial(jnp.mean, axis=-1, keepdims=True)
   z = z - mean(z)
   inverse = jax.lax.rsqrt(mean(jnp.square(z)) + EPS)
@@ -347,14 +370,16 @@ def _gradient(z, target, learner: Learner):
   error = z * learner.norm_scale + learner.norm_bias - target
   g = error * learner.norm_scale
   g = (g - mean(g) - z * mean(g * z)) * inverse
-  return g, 0.5 * jnp.sum(jnp.square(error), axis=-1)
+  return g, 0.5 * jnp.sum(jnp.square(error), axis=-1, keepdims=True)
 
 
 def _sums(rate, x, g, grads: Model, mm) -> Model:
   """grads + Σ_s η_s G_s, with G_s = x_s g_sᵀ (and g_s of the bias)."""
-  g = rate[:, None] * g
-  w = grads.w + mm(x.T, g)
-  return Model(w, None if grads.b is None else grads.b + jnp.sum(g, axis=0))
+  g = rate * g
+  w, b = grads.w + mm(x.T, g), None
+  if grads.b is not None:
+    b = grads.b + jnp.sum(g, axis=0, keepdims=True)
+  return Model(w, b)
 
 
 def _own_steps(pairs, rate, q, x, g, model: Model, mm):
@@ -362,7 +387,7 @@ def _own_steps(pairs, rate, q, x, g, model: Model, mm):
   scores = mm(q, x.T)
   if model.b is not None:
     scores += 1.0
-  return mm(jnp.where(pairs, scores * rate, 0.0), g)
+  return mm(jnp.where(pairs, scores * chunk.row(rate), 0.0), g)
 
 
 def _learned(model: Model, rate, grads: Model) -> Model:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memzoo.core import store
+from memzoo.core import dispatch, store
 from memzoo.ops import arguments, chunk, separation as separations
 
 
@@ -31,6 +31,7 @@ def hopfield(
   separation: str = "softmax",
   mask: jax.Array | None = None,
   tolerance: float = 0.0,
+  implementation: str | None = None,
 ) -> jax.Array:
   """What the patterns answer to a query.
 
@@ -49,18 +50,36 @@ def hopfield(
       answer is zero.
     tolerance: a query that an update moves by no more (in norm) stays where
       it is; 0 makes every update.
+    implementation: 'dense' (all scores at once), 'pallas' (TPU and GPU: by
+      blocks, in which memory never holds the scores; softmax and softmax1, a
+      scalar beta, no tolerance, first derivatives in reverse mode), or None.
 
   Returns:
     [..., V] in the query's dtype.
 
   Raises:
-    ValueError: on wrong shapes or dtypes, or an unknown separation.
+    ValueError: on wrong shapes or dtypes, or an unknown separation or
+      implementation.
+    NotImplementedError: where the form asked for does not serve the call.
   """
-  _check("hopfield", patterns, query, values, mask)
+  check("hopfield", patterns, query, values, mask)
   if steps < 1:
     raise ValueError(f"hopfield: steps must be at least 1, got {steps}")
-  beta = _beta(beta, patterns)
   separations.get(separation)
+  call = dict(
+    values=values, beta=beta, steps=steps, separation=separation, mask=mask
+  )
+  forms = {
+    "dense": lambda: _dense(patterns, query, **call, tolerance=tolerance),
+    "pallas": lambda: _pallas(patterns, query, **call, tolerance=tolerance),
+  }
+  return dispatch.run("hopfield", forms, implementation)
+
+
+def _dense(
+  patterns, query, *, values, beta, steps, separation, mask, tolerance
+):  # fmt: skip
+  beta = _beta(beta, patterns)
   patterns = patterns.astype(query.dtype)
   values = patterns if values is None else values.astype(query.dtype)
 
@@ -79,6 +98,18 @@ def hopfield(
   if steps > 1:
     query, _ = jax.lax.scan(update, query, length=steps - 1)
   return answer(query, values)
+
+
+def _pallas(patterns, query, *, beta, tolerance, **call):
+  if jnp.ndim(beta if beta is not None else 0.0):
+    raise NotImplementedError("the kernel takes one beta for all scores")
+  if not isinstance(tolerance, (int, float)) or tolerance > 0:
+    raise NotImplementedError(
+      "the kernel makes every update; tolerance > 0 holds a query still"
+    )
+  from memzoo.kernels import hopfield as kernel  # Pallas is slow to import.
+
+  return kernel.hopfield(patterns, query, beta=beta, **call)
 
 
 def energy(
@@ -105,7 +136,7 @@ def energy(
   Raises:
     ValueError: on wrong shapes or dtypes, or an unknown separation.
   """
-  _check("hopfield energy", patterns, state, None, mask)
+  check("hopfield energy", patterns, state, None, mask)
   beta = _beta(beta, patterns)
   there = jnp.ones(patterns.shape[:1], bool) if mask is None else mask
   count = jnp.sum(there, dtype=jnp.float32)
@@ -198,7 +229,8 @@ def _beta(beta, patterns):
   return jnp.asarray(beta, jnp.float32)
 
 
-def _check(who, patterns, query, values, mask):
+def check(who: str, patterns, query, values, mask) -> None:
+  """`ValueError` unless the arguments of `hopfield` fit one another."""
   arguments.check_array(who, "patterns", patterns, (None, None))
   count, width = jnp.shape(patterns)
   if jnp.ndim(query) < 1:

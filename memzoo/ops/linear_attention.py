@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay
 
 # Measured: python -m experiments.bench --suite=cpu (benchmarks/).
@@ -83,7 +84,12 @@ def linear_attention(
   inputs = Inputs(q, k, v, log_decay, reset, mask)
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
-    "chunk": lambda: chunk.run(FUNCTION, s, inputs, fresh, chunk_size=size),
+    "chunk": lambda: chunk.run(
+      FUNCTION, s, inputs, fresh, chunk_size=size, columns=True
+    ),
+    "pallas": lambda: chunk_scan(
+      FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
+    ),
   }
   return dispatch.run("linear_attention", forms, implementation)
 
@@ -103,8 +109,8 @@ class Local(NamedTuple):
   out: jax.Array  # [C, V] from the chunk's own writes
   q_in: jax.Array  # [C, K] reads the incoming state
   offset: jax.Array  # [K, V] what the chunk adds to it
-  through: jax.Array  # [G] how much of it stays
-  live: jax.Array | None  # bool [C], where resets are served
+  through: jax.Array  # [G, 1] how much of it stays
+  live: jax.Array | None  # [C, 1], where resets are served
   poison: jax.Array | None
   v: jax.Array  # for its dtype
 
@@ -116,20 +122,19 @@ def _prepare(inputs: Inputs, fresh) -> Local:
   d = decay.decays(g, inputs.reset, inputs.mask, bad, q.shape[0])
   mm = partial(chunk.matmul, dtype=q.dtype)
   out = mm(decay.scores(q, k, d, q.dtype), v)
-  q32 = q.astype(jnp.float32)
-  q_in = jnp.where(d.live[:, None], q32 * d.into, 0.0)
+  q_in = q.astype(jnp.float32) * d.into
   offset = mm((k.astype(jnp.float32) * d.onto).T, v)
-  if fresh is not None and inputs.reset is not None:
-    fresh = fresh.astype(jnp.float32)
-    q_fresh = jnp.where(d.live[:, None], 0.0, q32 * d.into)
-    out += mm(q_fresh, fresh)
-    kept = jnp.where(d.ends_live, 0.0, d.into[-1])
-    offset += kept[:, None] * fresh
   live = None
   if inputs.reset is not None:
     live = d.live
+    if fresh is not None:
+      fresh = fresh.astype(jnp.float32)
+      out += mm(chunk.where(live, 0.0, q_in), fresh)
+      kept = chunk.where(d.ends_live, 0.0, chunk.last(d.into))
+      offset += chunk.column(kept) * fresh
+    q_in = chunk.where(live, q_in, 0.0)
     if d.poison is not None:
-      offset = jnp.where(d.poison[-1], jnp.nan, offset)
+      offset = chunk.where(chunk.last(d.poison), jnp.nan, offset)
   return Local(out, q_in, offset, d.through, live, d.poison, v)
 
 
@@ -138,13 +143,12 @@ def _effect(local: Local):
 
 
 def _compose(first, second):
-  scale = second[0][:, None]
-  return second[0] * first[0], _scaled(scale, first[1]) + second[1]
+  return second[0] * first[0], _scaled(second[0], first[1]) + second[1]
 
 
 def _apply(effect, s):
   through, offset = effect
-  return _scaled(through[:, None], s) + offset
+  return _scaled(through, s) + offset
 
 
 def _scaled(scale, s):
@@ -164,6 +168,14 @@ def _emit(s, local: Local):
 
 FUNCTION = chunk.ChunkFunction(
   _prepare, _advance, _emit, _effect, _compose, _apply
+)
+
+
+AXES = Axes(
+  state="KV",
+  inputs=Inputs("CK", "CK", "CV", "CK", "C1", "C1"),
+  constants="KV",
+  outputs="CV",
 )
 
 

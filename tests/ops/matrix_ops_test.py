@@ -273,22 +273,18 @@ def test_effects_compose(name):
   inputs = module.Inputs(
     **{k: c["log_decay"][:, 0] if k == "log_decay" else c[k] for k in fields}
   )
+  inputs = chunk.as_columns(inputs)
   halves = [jax.tree.map(lambda x, i=i: x[i : i + C], inputs) for i in (0, C)]
+  run = functools.partial(chunk.run, function, chunk_size=C, columns=True)
 
   @jax.jit
   def both(s):
     effects = [function.effect(function.prepare(h, c["fresh"])) for h in halves]
     return function.apply(function.compose(*effects), s)
 
-  whole = jax.jit(
-    lambda s: chunk.run(function, s, inputs, c["fresh"], chunk_size=C)[0]
-  )(c["s"])
+  whole = jax.jit(lambda s: run(s, inputs, c["fresh"])[0])(c["s"])
   assert checks.relative(both(c["s"]), whole) <= checks.FORWARD
-  split = jax.jit(
-    lambda s: chunk.run(
-      function, s, inputs, c["fresh"], chunk_size=C, split=True
-    )
-  )
+  split = jax.jit(lambda s: run(s, inputs, c["fresh"], split=True))
   truth = oracle(
     name, "scalar", {**c, "log_decay": c["log_decay"][:, :1] * jnp.ones((1, K))}
   )
@@ -367,7 +363,10 @@ def test_triangular_solve_with_identical_keys():
     right = np.random.default_rng(1).normal(size=(64, 3))
     want = np.linalg.solve(np.eye(64) + a, right)
     single = [jnp.asarray(x, jnp.float32) for x in (a, right)]
-    assert checks.relative(chunk.unit_lower_solve(*single), want) < 1e-6
+    assert (
+      checks.relative(chunk.unit_lower_solve(single[0], single[1:])[0], want)
+      < 1e-6
+    )
   r = np.random.default_rng(0)
   single = [
     jnp.asarray(x, jnp.float32)
@@ -376,7 +375,8 @@ def test_triangular_solve_with_identical_keys():
   grads = [
     jax.grad(lambda a, b: checks.wave(solve(a, b)), (0, 1))(*single)
     for solve in (
-      chunk.unit_lower_solve, lambda a, b: jnp.linalg.inv(jnp.eye(8) + a) @ b
+      lambda a, b: chunk.unit_lower_solve(a, (b,))[0],
+      lambda a, b: jnp.linalg.inv(jnp.eye(8) + a) @ b,
     )
   ]  # fmt: skip
   (got, got_right), (want, want_right) = grads
