@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN = $(VENV)/bin
 WORKDIR ?= runs
+AOT_PYTHON ?= python3.12
+AOT_VENV ?= .venv-aot
 
-.PHONY: demo test test-slow test-all lint bench clean
+.PHONY: demo test test-slow test-all lint bench aot-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.compare --flagfile=experiments/demo.flags --workdir=$(WORKDIR)/demo
@@ -24,6 +26,14 @@ lint: $(VENV)/.test
 bench: $(VENV)/.demo
 	$(BIN)/python -m experiments.bench --suite=cpu
 
+# Compilers for devices that are not here: python -m experiments.compile
+aot-env: $(AOT_VENV)/.aot
+
+$(AOT_VENV)/.aot: setup.cfg pyproject.toml
+	$(AOT_PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/python -m pip install --quiet --editable '.[aot]'
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -37,4 +47,4 @@ $(VENV)/.test: setup.cfg pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(AOT_VENV) build *.egg-info

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 
 import jax
+from jax.sharding import Mesh, PartitionSpec as P
 
 
 def heads(op: Callable) -> Callable:
@@ -33,7 +34,13 @@ def heads(op: Callable) -> Callable:
   return call
 
 
-def batched(op: Callable) -> Callable:
+def batched(
+  op: Callable,
+  *,
+  mesh: Mesh | None = None,
+  batch: str | tuple[str, ...] | None = None,
+  heads: str | tuple[str, ...] | None = None,
+) -> Callable:
   """Maps an op of one sequence and one head over batch and heads: the layout
   that other code bases hold.
 
@@ -49,21 +56,44 @@ def batched(op: Callable) -> Callable:
   >>> state, o = memzoo.ops.batched(memzoo.ops.delta_rule)(
   ...     state, q, k, v, beta=beta, log_decay=log_decay, reset=reset)
 
+  With a mesh, each device computes its own rows and heads (`jax.shard_map`).
+  XLA does so by itself, except with kernels, which it cannot cut.
+
   Args:
     op: an op of `memzoo.ops` that takes (state, *tensors, **gates).
+    mesh: of devices, or None.
+    batch: the axis or axes of the mesh that B is cut over.
+    heads: those that H is cut over.
   """
-  inner = heads(op)
+  inner = _heads(op)
 
   @functools.wraps(op)
   def call(state, *tensors, reset=None, mask=None, fresh=None, **kwargs):
     gates = {k: v for k, v in kwargs.items() if hasattr(v, "ndim")}
     static = {k: v for k, v in kwargs.items() if k not in gates}
 
-    def one(state, tensors, gates, reset, mask):
+    def one(state, tensors, gates, reset, mask, fresh):
       return inner(
         state, *tensors, **gates, reset=reset, mask=mask, fresh=fresh, **static
       )
 
-    return jax.vmap(one)(state, tensors, gates, reset, mask)
+    whole = lambda s, x, g, r, m, f: jax.vmap(lambda *a: one(*a, f))(
+      s, x, g, r, m
+    )
+    args = state, tensors, gates, reset, mask, fresh
+    if mesh is None:
+      return whole(*args)
+    wide = P(batch, None, heads)
+    specs = P(batch, heads), wide, wide, P(batch), P(batch), P(heads)
+    return jax.shard_map(
+      whole,
+      mesh=mesh,
+      in_specs=specs,
+      out_specs=(P(batch, heads), wide),
+      check_vma=False,
+    )(*args)
 
   return call
+
+
+_heads = heads  # `batched` has an argument of that name

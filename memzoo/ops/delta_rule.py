@@ -72,7 +72,8 @@ def delta_rule(
     reset: bool [T]; True: the state is `fresh` before step t.
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
-    implementation: 'scan', 'chunk', or None.
+    implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel), or
+      None.
     chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay, norm
 
 EPS = 1e-6  # of the layer norm
@@ -137,7 +138,7 @@ def gradient_step(
     mask: bool [T]; False: no token t. It takes no place in a mini-batch.
     fresh: a model, zeros by default.
     implementation: 'scan' (the primal form), 'chunk' (the dual form, n tokens
-      at a time), or None.
+      at a time), 'pallas' (the dual form as a kernel), or None.
 
   Returns:
     (state, Outputs(o [T, V] in v's dtype, loss float32 [T])), zero where the
@@ -160,7 +161,10 @@ def gradient_step(
       lambda s, x: step(s, x.q, x.k, x.v, x.rate, learner, residual),
       state, inputs, start(fresh),
     ),
-    "chunk": lambda: _dual(state, inputs, learner, residual, fresh),
+    "chunk": lambda: _dual(
+      partial(chunk.run, columns=True), state, inputs, learner, residual, fresh
+    ),
+    "pallas": lambda: _dual(_kernel, state, inputs, learner, residual, fresh),
   }  # fmt: skip
   return dispatch.run("gradient_step", forms, implementation)
 
@@ -174,13 +178,12 @@ class Inputs(NamedTuple):
   mask: jax.Array | None
 
 
-def _dual(state, inputs: Inputs, learner, residual, fresh):
+def _dual(run, state, inputs: Inputs, learner, residual, fresh):
+  """Mini-batches as chunks, by `chunk.run` or what is called like it."""
   size = learner.rates.shape[0]
   if inputs.reset is not None:
     body = partial(_chunk, residual=residual)
-    state, outputs = chunk.run(
-      body, state, inputs, (learner, fresh), chunk_size=size, columns=True
-    )
+    state, outputs = run(body, state, inputs, (learner, fresh), chunk_size=size)
     return state, outputs._replace(loss=outputs.loss[:, 0])
   # Without resets the tokens are moved so that mini-batches are chunks: the
   # first token takes slot `phase`, and no slot is left empty in between.
@@ -204,11 +207,29 @@ def _dual(state, inputs: Inputs, learner, residual, fresh):
   taken = (index >= phase) & (index < phase + count)
   moved = jax.tree.map(place, inputs._replace(mask=None))._replace(mask=taken)
   body = partial(_mini_batch, residual=residual)
-  state, outputs = chunk.run(
-    body, state, moved, learner, chunk_size=size, columns=True
-  )
+  state, outputs = run(body, state, moved, learner, chunk_size=size)
   outputs = outputs._replace(loss=outputs.loss[:, 0])
   return state, jax.tree.map(back, outputs)
+
+
+def _kernel(body, state, inputs, constants, *, chunk_size):
+  if chunk_size < 16 or chunk_size & (chunk_size - 1):
+    raise NotImplementedError(
+      "the kernel takes mini-batches of a power of two from 16, "
+      f"got {chunk_size}"
+    )
+  # What is normed is neither padded nor cut.
+  model = Model("NN", "1N")
+  learner = Learner("1C", "1N", "1N")
+  axes = Axes(
+    state=State(model, model, "11"),
+    inputs=Inputs("CN", "CN", "CN", "C1", "C1", "C1"),
+    constants=learner if isinstance(constants, Learner) else (learner, model),
+    outputs=Outputs("CN", "C1"),
+  )
+  return chunk_scan(
+    body, state, inputs, constants, axes=axes, chunk_size=chunk_size
+  )
 
 
 # What follows works on tiles (`chunk.as_tiles`, `chunk.as_columns`): biases and

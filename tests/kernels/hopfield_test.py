@@ -4,7 +4,6 @@ import functools
 
 import checks
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -400,22 +399,10 @@ COMPILED = {  # N, M, K, V, dtype and what else
 }
 
 
-@pytest.fixture
-def no_cache():
-  """Programs for absent devices are written to JAX's compilation cache, from
-  which they cannot be read back."""
-  where = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", None)
-  compilation_cache.reset_cache()
-  yield
-  jax.config.update("jax_compilation_cache_dir", where)
-  compilation_cache.reset_cache()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v6e", "cuda:h200"])
 @pytest.mark.parametrize("case", COMPILED)
-def test_compiles_for_the_device(case, target, no_cache):
+def test_compiles_for_the_device(case, target):
   """Forward and backward, in less memory than the scores would take."""
   target = targets.get(target)
   if target.missing():
