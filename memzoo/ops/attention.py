@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels.interpret import interpreting
 from memzoo.ops import arguments, chunk
 
 
@@ -139,7 +140,9 @@ def attention(
     mask: bool [T]; False: no step t: nothing is written, no position is
       counted, and the output there is zero.
     fresh: a ring like `state`; the empty one by default.
-    implementation: 'scan', 'chunk', or None.
+    implementation: 'scan', 'chunk', 'cudnn' (all of the sequence at once, by
+      cuDNN through `jax.nn.dot_product_attention`; its mask takes T (S + T)
+      numbers), or None.
     chunk_size: C of the chunk form, a power of two; None chooses by S and K.
 
   Returns:
@@ -168,6 +171,9 @@ def attention(
     "chunk": lambda: chunk.run(
       chunk_function(**options), state, inputs, fresh, chunk_size=chunk_size
     ),
+    "cudnn": lambda: chunk_function(**options, attend=_cudnn(state, inputs))(
+      state, inputs, fresh
+    ),
   }
   return dispatch.run("attention", forms, implementation)
 
@@ -193,16 +199,21 @@ class Local(NamedTuple):
 
 
 def chunk_function(
-  sinks: int = 0, scale: float | None = None
+  sinks: int = 0, scale: float | None = None, attend=None
 ) -> chunk.ChunkFunction:
   """The chunk function: C queries against [the ring at the chunk's start;
-  the keys of the chunk] under a band mask. Its constants are `fresh`."""
+  the keys of the chunk] under a band mask. Its constants are `fresh`.
+
+  `attend` (q [C, K], k [N, K], v [N, V], visible bool [C, N], scale) -> [C, V]
+  is the softmax attention itself; zero where nothing is visible.
+  """
+  attend = attend or _attend
 
   def advance(state, local):
     return _advance(state, local, sinks)
 
   def emit(state, local):
-    return _emit(state, local, sinks, scale)
+    return _emit(state, local, sinks, scale, attend)
 
   return chunk.ChunkFunction(_prepare, advance, emit)
 
@@ -258,7 +269,7 @@ def _advance(state: State, local: Local, sinks: int) -> State:
   )
 
 
-def _emit(state: State, local: Local, sinks: int, scale):
+def _emit(state: State, local: Local, sinks: int, scale, attend):
   window = state.k.shape[0] - sinks
   place = _place(state, local)[:, None]
 
@@ -285,7 +296,7 @@ def _emit(state: State, local: Local, sinks: int, scale):
   # every query that sees one becomes NaN.
   good_q = jnp.isfinite(q).all(axis=1)
   good = jnp.isfinite(keys).all(axis=1) & jnp.isfinite(values).all(axis=1)
-  out = _attend(
+  out = attend(
     _keep(q, good_q), _keep(keys, good), _keep(values, good), visible, scale
   )
   spoiled = jnp.any(visible & ~good[None, :], axis=1)
@@ -303,6 +314,34 @@ def _attend(q, k, v, visible, scale):
   total = jnp.sum(weights, axis=1, keepdims=True)
   out = chunk.matmul(weights, v, q.dtype) / jnp.where(total == 0, 1.0, total)
   return out.astype(q.dtype)
+
+
+def _cudnn(state: State, inputs: Inputs):
+  """cuDNN's attention in the place of `_attend`, where it serves the call."""
+  inside = interpreting()
+  if not inside and dispatch.current_platform() != "gpu":
+    raise NotImplementedError("cuDNN runs on NVIDIA GPUs")
+  dtypes = {x.dtype.name for x in (*inputs[:3], state.k, state.v)}
+  width, values = inputs.k.shape[1], inputs.v.shape[1]
+  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"} and not inside:
+    raise NotImplementedError(
+      "cuDNN takes q, k, v and a ring of one dtype, bfloat16 or float16, got "
+      + ", ".join(sorted(dtypes))
+    )
+  if width != values or not inside and (width % 8 or width > 128):
+    raise NotImplementedError(
+      f"cuDNN takes K = V, a multiple of 8 up to 128, got {width} and {values}"
+    )
+
+  def attend(q, k, v, visible, scale):
+    seen = visible.any(axis=1, keepdims=True)
+    out = jax.nn.dot_product_attention(
+      q[:, None], k[:, None], v[:, None], mask=(visible | ~seen)[None],
+      scale=scale, implementation="xla" if inside else "cudnn",
+    )  # fmt: skip
+    return jnp.where(seen, out[:, 0], 0.0)
+
+  return attend
 
 
 def _slot(position, capacity: int, sinks: int):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels import external
 from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay, linear_attention
 
@@ -72,8 +73,8 @@ def delta_rule(
     reset: bool [T]; True: the state is `fresh` before step t.
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
-    implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel), or
-      None.
+    implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel),
+      'jla' (`memzoo.kernels.external`), or None.
     chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:
@@ -106,6 +107,17 @@ def delta_rule(
     ),
     "pallas": lambda: chunk_scan(
       FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
+    ),
+    "jla": lambda: external.jla(
+      s,
+      q,
+      k,
+      v,
+      beta=beta,
+      log_decay=log_decay,
+      reset=reset,
+      mask=mask,
+      fresh=fresh,
     ),
   }
   return dispatch.run("delta_rule", forms, implementation)

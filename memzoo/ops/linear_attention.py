@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels import external
 from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay
 
@@ -63,8 +64,8 @@ def linear_attention(
     reset: bool [T]; True: the state is `fresh` before step t.
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
-    implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel), or
-      None.
+    implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel),
+      'jla' (`memzoo.kernels.external`), or None.
     chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:
@@ -90,6 +91,16 @@ def linear_attention(
     ),
     "pallas": lambda: chunk_scan(
       FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
+    ),
+    "jla": lambda: external.jla(
+      s,
+      q,
+      k,
+      v,
+      log_decay=log_decay,
+      reset=reset,
+      mask=mask,
+      fresh=fresh,
     ),
   }
   return dispatch.run("linear_attention", forms, implementation)

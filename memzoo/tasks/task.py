@@ -156,8 +156,14 @@ def unknown(what: str, got: Any, accepted) -> str:
   """Message for a name that does not exist, with the nearest that do."""
   accepted = [str(name) for name in accepted]
   near = difflib.get_close_matches(str(got), accepted, n=3, cutoff=0.5)
-  hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-  return f"unknown {what}: {got!r}{hint} Accepted: {', '.join(accepted)}"
+  if near:
+    hint = f"did you mean {' or '.join(map(repr, near))}?"
+  else:
+    few = accepted[:20]
+    hint = "accepted: " + ", ".join(few)
+    if len(few) < len(accepted):
+      hint += f", … ({len(accepted)} in all)"
+  return f"unknown {what}: {got!r}; {hint}"
 
 
 def check_int(
