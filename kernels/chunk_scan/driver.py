@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 import jax.numpy as jnp
 
 from memzoo.core import dispatch
-from memzoo.kernels.chunk_scan import pallas_gpu, pallas_tpu
+from memzoo.kernels.chunk_scan import lists, pallas_gpu, pallas_tpu
 from memzoo.kernels.chunk_scan.walk import Walk
 from memzoo.kernels.interpret import interpreting
 from memzoo.ops import chunk
@@ -45,6 +45,7 @@ def chunk_scan(
   chunk_size: int,
   value_block: int | None = None,
   segments: int | None = None,
+  split: bool = False,
 ):
   """Runs a chunk function over one sequence, in one kernel.
 
@@ -65,6 +66,9 @@ def chunk_scan(
     segments: of how many the backward keeps the first state alone, and
       computes the other states again; None for 1 where the states of all
       chunks need no more memory than the inputs, else about √(T / C).
+    split: three kernels, of which the middle one alone walks, over states and
+      what `prepare` gives: for so few sequences and heads that one program
+      for each leaves the device idle. It keeps every state.
 
   Returns:
     (state, outputs [T, ...]).
@@ -79,6 +83,10 @@ def chunk_scan(
     raise NotImplementedError("the kernel takes one step or more")
   size = max(chunk.fit(chunk_size, length), 16)
   count = -(-length // size)
+  if split:
+    if not isinstance(function, chunk.ChunkFunction):
+      raise NotImplementedError("the chunk function is not in parts to split")
+    segments, value_block = 1, None
   segments = min(segments or _segments(state, inputs, size, count), count)
   count += -count % segments
   pad = count * size - length
@@ -100,19 +108,23 @@ def chunk_scan(
   flat[1] = [jnp.pad(x, [(0, pad), (0, 0)]) for x in flat[1]]
   if platform == "gpu":
     flat = [list(map(_padded, xs, some)) for xs, some in zip(flat, names)]
+  blocks = 1 if split else _blocks(platform, value_block, flat, values)
+  flat[1] = [x.reshape(count, size, -1) for x in flat[1]]
   walk = Walk(
     function,
-    size,
     *map(jax.tree.structure, tiles),
     flows=_frozen(flows),
     values=_frozen(values),
-    value_blocks=_blocks(platform, value_block, flat, values),
+    value_blocks=blocks,
     interpret=interpreting(),
   )
-  new, out = _scan(platform, segments, walk, *flat)
+  new, out = _scan(_SPLIT if split else _WHOLE, platform, segments, walk, *flat)
   new = [x[: y.shape[0], : y.shape[1]] for x, y in zip(new, leaves(tiles[0]))]
   new = chunk.from_tiles(jax.tree.unflatten(walk.state, new), state)
-  out = [x[:length, : y.shape[1]] for x, y in zip(out, leaves(outputs))]
+  out = [
+    x.reshape(count * size, -1)[:length, : y.shape[1]]
+    for x, y in zip(out, leaves(outputs))
+  ]
   return new, jax.tree.unflatten(jax.tree.structure(outputs), out)
 
 
@@ -214,42 +226,171 @@ def _batched(call):
   return mapped
 
 
-def _forward(platform, walk, every, *args):
-  call = partial(_DRIVERS[platform].forward, walk, every=every)
-  return _batched(lambda s, i, c: call(s, i, c))(*args)
+class _Form(NamedTuple):
+  """How chunks are taken, on arrays of one sequence.
+
+  Attributes:
+    forward: (platform, walk, every) -> ((state, inputs, constants) -> (state,
+      outputs, states kept before every `every`-th chunk)).
+    backward: (platform, walk) -> ((states before every chunk, inputs,
+      constants, d_state, d_outputs) -> their gradients).
+  """
+
+  forward: Any
+  backward: Any
 
 
-def _backward(platform, walk, *args):
-  return _batched(partial(_DRIVERS[platform].backward, walk))(*args)
+def _forward(platform, walk, every, state, inputs, constants):
+  outs = walk.shapes(walk.step, state, [x[0] for x in inputs], constants)[1]
+  return _DRIVERS[platform].serial(
+    walk.step, state, inputs, constants, outs, every=every,
+    name="chunk_scan", values=walk.values, **_options(walk),
+  )  # fmt: skip
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(platform, segments, walk, state, inputs, constants):
-  new, outputs, _ = _forward(platform, walk, 0, state, inputs, constants)
+def _backward(platform, walk, starts, inputs, constants, d_state, d_outputs):
+  a, b, c = len(starts), len(inputs), len(constants)
+
+  def step(carry, one, constants):
+    d_state, total = lists.split(carry, a, c)
+    state, inputs, d_outputs = lists.split(one, a, b, len(d_outputs_all))
+    d_state, d_inputs, d_constants = walk.pull(
+      state, inputs, constants, d_state, d_outputs
+    )
+    total = [t + d.astype(t.dtype) for t, d in zip(total, d_constants)]
+    return [*d_state, *total], d_inputs
+
+  d_outputs_all = d_outputs
+  s, i, k, o = walk.values
+  zeros = [jnp.zeros(x.shape, jnp.float32) for x in constants]
+  outs = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in inputs]
+  carry, d_inputs, _ = _DRIVERS[platform].serial(
+    step, [*d_state, *zeros], [*starts, *inputs, *d_outputs], constants, outs,
+    reverse=True, name="chunk_scan_backward",
+    values=((*s, *k), (*s, *i, *o), k, i), **_options(walk),
+  )  # fmt: skip
+  d_state, total = lists.split(carry, a, c)
+  return (
+    d_state, d_inputs, [t.astype(x.dtype) for t, x in zip(total, constants)]
+  )  # fmt: skip
+
+
+def _forward_split(platform, walk, every, state, inputs, constants):
+  del every  # Every state is kept: outputs are computed from them.
+  driver, options = _DRIVERS[platform], _options(walk)
+  one = [x[0] for x in inputs]
+  local, tree = _prepare(driver, walk, inputs, constants)
+  new, _, starts = driver.serial(
+    lambda s, x, _: (walk.advance(tree, s, x), []), state, local, [], [],
+    every=1, name="chunk_scan_advance", **options,
+  )  # fmt: skip
+
+  def emit(one, constants):
+    state, inputs = lists.split(one, len(starts), len(inputs_all))
+    return walk.step(state, inputs, constants)[1]
+
+  inputs_all = inputs
+  outs = walk.shapes(walk.step, state, one, constants)[1]
+  outputs = driver.parallel(
+    emit, [*starts, *inputs], constants, outs, name="chunk_scan_emit", **options
+  )
+  return new, outputs, starts
+
+
+def _backward_split(
+  platform, walk, starts, inputs, constants, d_state, d_outputs
+):
+  driver, options = _DRIVERS[platform], _options(walk)
+  a, b, n = len(starts), len(inputs), len(d_outputs)
+  like = lambda xs: [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+  local, tree = _prepare(driver, walk, inputs, constants)
+
+  def back(one, constants):
+    state, inputs, d_outputs = lists.split(one, a, b, n)
+    return walk.outputs_back(state, inputs, constants, d_outputs)
+
+  read = driver.parallel(
+    back, [*starts, *inputs, *d_outputs], constants, like(starts),
+    name="chunk_scan_emit_backward", **options,
+  )  # fmt: skip
+
+  def retreat(d_state, one, _):
+    state, local, read = lists.split(one, a, len(one) - 2 * a, a)
+    before = walk.advance_back(tree, state, local, d_state)
+    return [x + y for x, y in zip(before, read)], d_state
+
+  d_first, d_ends, _ = driver.serial(
+    retreat, d_state, [*starts, *local, *read], [], like(starts), reverse=True,
+    name="chunk_scan_advance_backward", **options,
+  )  # fmt: skip
+
+  def pull(one, constants):
+    state, inputs, d_state, d_outputs = lists.split(one, a, b, a, n)
+    _, d_inputs, d_constants = walk.pull(
+      state, inputs, constants, d_state, d_outputs
+    )
+    return [*d_inputs, *d_constants]
+
+  single = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in constants]
+  out = driver.parallel(
+    pull, [*starts, *inputs, *d_ends, *d_outputs], constants,
+    [*like(inputs), *single], name="chunk_scan_backward", **options,
+  )  # fmt: skip
+  d_inputs, d_constants = lists.split(out, b, len(constants))
+  d_constants = [
+    jnp.sum(d, axis=0).astype(x.dtype) for d, x in zip(d_constants, constants)
+  ]
+  return d_first, d_inputs, d_constants
+
+
+def _prepare(driver, walk, inputs, constants):
+  """What chunks know without the state, stacked, and the tree of one."""
+  one = [x[0] for x in inputs]
+  local = driver.parallel(
+    walk.prepare, inputs, constants,
+    walk.shapes(walk.prepare, one, constants), name="chunk_scan_prepare",
+    **_options(walk),
+  )  # fmt: skip
+  return local, walk.local_tree(one, constants)
+
+
+def _options(walk):
+  return dict(interpret=walk.interpret, blocks=walk.value_blocks)
+
+
+_WHOLE = _Form(_forward, _backward)
+_SPLIT = _Form(_forward_split, _backward_split)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _scan(form, platform, segments, walk, state, inputs, constants):
+  call = _batched(partial(form.forward, platform, walk, 0))
+  new, outputs, _ = call(state, inputs, constants)
   return new, outputs
 
 
-def _scan_fwd(platform, segments, walk, state, inputs, constants):
-  every = walk.chunks(inputs) // segments if segments > 1 else 1
-  new, outputs, kept = _forward(platform, walk, every, state, inputs, constants)
+def _scan_fwd(form, platform, segments, walk, state, inputs, constants):
+  every = inputs[0].shape[0] // segments if segments > 1 else 1
+  call = _batched(partial(form.forward, platform, walk, every))
+  new, outputs, kept = call(state, inputs, constants)
   return (new, outputs), (kept, inputs, constants)
 
 
-def _scan_bwd(platform, segments, walk, saved, grads):
+def _scan_bwd(form, platform, segments, walk, saved, grads):
   kept, inputs, constants = saved
   d_state, d_outputs = grads
+  backward = _batched(partial(form.backward, platform, walk))
   if segments == 1:
-    return _backward(
-      platform, walk, kept, inputs, constants, d_state, d_outputs
-    )
+    return backward(kept, inputs, constants, d_state, d_outputs)
   cut = lambda xs: [x.reshape((segments, -1) + x.shape[1:]) for x in xs]
+  forward = _batched(partial(form.forward, platform, walk, 1))
 
   def body(carry, part):
     d_state, total = carry
     start, inputs, d_outputs = part
-    starts = _forward(platform, walk, 1, start, inputs, constants)[2]
-    d_state, d_inputs, d_constants = _backward(
-      platform, walk, starts, inputs, constants, d_state, d_outputs
+    starts = forward(start, inputs, constants)[2]
+    d_state, d_inputs, d_constants = backward(
+      starts, inputs, constants, d_state, d_outputs
     )
     total = [t + d.astype(t.dtype) for t, d in zip(total, d_constants)]
     return (d_state, total), d_inputs

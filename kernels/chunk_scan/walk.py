@@ -1,8 +1,8 @@
-"""What the drivers of both kinds of device share: the tiles of one walk.
+"""A chunk function on lists of tiles, and its gradients.
 
-A walk takes a chunk function over the chunks of one sequence. Everything in it
-is a tile, an array of two axes: what a step has is a column [C, N], state and
-constants are [M, N] (`memzoo.ops.chunk.as_columns`, `as_tiles`).
+Everything in a kernel is a tile, an array of two axes: what a step has is a
+column [C, N], state and constants are [M, N] (`memzoo.ops.chunk.as_columns`,
+`as_tiles`). What there is of every chunk is stacked, [T / C, M, N].
 """
 
 from collections.abc import Callable
@@ -21,20 +21,18 @@ class Walk:
 
   Attributes:
     function: (state, inputs [C, N], constants) -> (state, outputs [C, N]), on
-      pytrees of tiles.
-    size: C.
+      pytrees of tiles; a `memzoo.ops.chunk.ChunkFunction` for the split form.
     state, inputs, constants: the trees of each; what is traced is their
       leaves.
     flows: which leaves of (state, inputs, constants) have gradients.
-    value_blocks: into how many parts the value axis is cut, each a program of
-      its own (GPU).
     values: which leaves of (state, inputs, constants, outputs) have the value
       axis as their last.
+    value_blocks: into how many parts the value axis is cut, each a program of
+      its own (GPU).
     interpret: run by Pallas' interpreter.
   """
 
   function: Callable[[Any, Any, Any], Any]
-  size: int
   state: Any
   inputs: Any
   constants: Any
@@ -43,53 +41,92 @@ class Walk:
   value_blocks: int = 1
   interpret: bool = False
 
-  def step(self, state, inputs, constants):
-    """One chunk on leaves: lists in, (list, list) out.
+  # Functions are traced through their own linearisation, so that those with a
+  # gradient of their own (`jax.custom_vjp`) are met by its rule, in plain
+  # operations: kernels have no others.
 
-    Traced through its own linearisation, so that a function with a gradient
-    of its own (`jax.custom_vjp`) is met by its rule, in plain operations.
-    """
+  def step(self, state, inputs, constants):
+    """One chunk: (state, outputs)."""
     return jax.vjp(self._call, state, inputs, constants)[0]
 
-  def _call(self, state, inputs, constants):
-    state, outputs = self.function(
-      self.state.unflatten(state),
-      self.inputs.unflatten(inputs),
-      self.constants.unflatten(constants),
-    )
-    return jax.tree.leaves(state), jax.tree.leaves(outputs)
+  def prepare(self, inputs, constants):
+    """What a chunk knows without the state."""
+    return jax.vjp(self._prepare, inputs, constants)[0]
+
+  def advance(self, tree, state, local):
+    """The state after a chunk of which `prepare` gave `local`, of a tree."""
+    return jax.vjp(lambda s: self._advance(tree, s, local), state)[0]
+
+  def advance_back(self, tree, state, local, d_state):
+    """The gradient of `advance` for its state."""
+    return self._back(lambda s: self._advance(tree, s, local), state, d_state)
+
+  def outputs_back(self, state, inputs, constants, d_outputs):
+    """The gradient of a chunk's outputs for its state."""
+    call = lambda s: self._call(s, inputs, constants)[1]
+    return self._back(call, state, d_outputs)
 
   def pull(self, state, inputs, constants, d_state, d_outputs):
     """The gradients of one chunk: three lists, zeros where nothing flows."""
     parts = (state, inputs, constants)
-    free = [
-      [x for x, flows in zip(xs, flags) if flows]
-      for xs, flags in zip(parts, self.flows)
-    ]
-
-    def call(*free):
-      full = []
-      for xs, flags, some in zip(parts, self.flows, free):
-        some = iter(some)
-        full.append([next(some) if f else x for x, f in zip(xs, flags)])
-      return self._call(*full)
-
+    free = [self._free(i, xs) for i, xs in enumerate(parts)]
+    call = lambda *free: self._call(
+      *(self._full(i, some, parts[i]) for i, some in enumerate(free))
+    )
     got = jax.vjp(call, *free)[1]((list(d_state), list(d_outputs)))
-    full = []
-    for xs, flags, some in zip(parts, self.flows, got):
-      some = iter(some)
-      full.append(
-        [next(some) if f else jnp.zeros_like(x) for x, f in zip(xs, flags)]
+    zeros = [[jnp.zeros_like(x) for x in xs] for xs in parts]
+    return [self._full(i, some, zeros[i]) for i, some in enumerate(got)]
+
+  def _back(self, call, state, cotangents):
+    free = lambda some: call(self._full(0, some, state))
+    got = jax.vjp(free, self._free(0, state))[1](list(cotangents))[0]
+    return self._full(0, got, [jnp.zeros_like(x) for x in state])
+
+  def _free(self, part, xs):
+    return [x for x, flows in zip(xs, self.flows[part]) if flows]
+
+  def _full(self, part, some, xs):
+    some = iter(some)
+    return [next(some) if f else x for x, f in zip(xs, self.flows[part])]
+
+  def _call(self, state, inputs, constants):
+    return _leaves(
+      self.function(
+        self.state.unflatten(state),
+        self.inputs.unflatten(inputs),
+        self.constants.unflatten(constants),
       )
-    return full
+    )
 
-  def outputs(self, state, inputs, constants):
-    """The shapes and dtypes of a chunk's outputs: a list."""
-    inputs = [
-      jax.ShapeDtypeStruct((self.size,) + x.shape[1:], x.dtype) for x in inputs
-    ]
-    return jax.eval_shape(self._call, list(state), inputs, list(constants))[1]
+  def _prepare(self, inputs, constants):
+    return jax.tree.leaves(
+      self.function.prepare(
+        self.inputs.unflatten(inputs), self.constants.unflatten(constants)
+      )
+    )
 
-  def chunks(self, inputs) -> int:
-    """How many chunks the inputs hold."""
-    return inputs[0].shape[0] // self.size
+  def _advance(self, tree, state, local):
+    state = self.function.advance(
+      self.state.unflatten(state), tree.unflatten(local)
+    )
+    return jax.tree.leaves(state)
+
+  def shapes(self, call, *lists):
+    """Shapes and dtypes of what `call` gives for one chunk of stacked lists."""
+    one = lambda xs: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs]
+    return jax.eval_shape(call, *map(one, lists))
+
+  def local_tree(self, inputs, constants):
+    """The tree of what `prepare` gives."""
+    out = jax.eval_shape(
+      lambda i, c: self.function.prepare(
+        self.inputs.unflatten(i), self.constants.unflatten(c)
+      ),
+      inputs,
+      constants,
+    )
+    return jax.tree.structure(out)
+
+
+def _leaves(pair):
+  return jax.tree.leaves(pair[0]), jax.tree.leaves(pair[1])

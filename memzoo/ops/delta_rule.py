@@ -74,7 +74,8 @@ def delta_rule(
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
     implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel),
-      'jla' (`memzoo.kernels.external`), or None.
+      'pallas_split' (as three, for few sequences and heads), 'jla'
+      (`memzoo.kernels.external`), or None.
     chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:
@@ -93,6 +94,9 @@ def delta_rule(
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, beta, log_decay, reset, mask)
+  kernel = partial(
+    chunk_scan, FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
+  )
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
     "chunk": lambda: chunk.run(
@@ -105,9 +109,8 @@ def delta_rule(
       save=("inverse",),
       columns=True,
     ),
-    "pallas": lambda: chunk_scan(
-      FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
-    ),
+    "pallas": lambda: kernel(split=False),
+    "pallas_split": lambda: kernel(split=True),
     "jla": lambda: external.jla(
       s,
       q,

@@ -65,7 +65,8 @@ def linear_attention(
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [K, V], zeros by default.
     implementation: 'scan', 'chunk', 'pallas' (the chunk form as a kernel),
-      'jla' (`memzoo.kernels.external`), or None.
+      'pallas_split' (as three, for few sequences and heads), 'jla'
+      (`memzoo.kernels.external`), or None.
     chunk_size: C of the chunk form, a power of two; None for the platform's.
 
   Returns:
@@ -84,14 +85,16 @@ def linear_attention(
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, log_decay, reset, mask)
+  kernel = partial(
+    chunk_scan, FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
+  )
   forms = {
     "scan": lambda: _scan(s, inputs, fresh),
     "chunk": lambda: chunk.run(
       FUNCTION, s, inputs, fresh, chunk_size=size, columns=True
     ),
-    "pallas": lambda: chunk_scan(
-      FUNCTION, s, inputs, fresh, axes=AXES, chunk_size=size
-    ),
+    "pallas": lambda: kernel(split=False),
+    "pallas_split": lambda: kernel(split=True),
     "jla": lambda: external.jla(
       s,
       q,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels.cell_scan import Lanes
 from memzoo.ops import arguments, chunk
 
 CHUNK_SIZE = 16
@@ -51,7 +52,7 @@ def linear_recurrence(
     fresh: [N], zeros by default.
     implementation: 'scan' (the step loop), 'assoc' (an associative scan over
       the sequence), 'chunk' (the same inside chunks, and a walk over their
-      boundaries), or None.
+      boundaries), 'pallas' (the step loop as one kernel), or None.
     chunk_size: C of the chunk form, a power of two.
 
   Returns:
@@ -59,7 +60,7 @@ def linear_recurrence(
 
   Raises:
     ValueError: on wrong shapes or dtypes.
-    NotImplementedError: on a form that does not exist.
+    NotImplementedError: on a form that does not exist or does not serve.
   """
   _check(h, x, decay, reset, mask, fresh)
   chunk.power_of_two("chunk_size", chunk_size)
@@ -86,6 +87,7 @@ def linear_recurrence(
     "scan": lambda: form(_scan),
     "assoc": lambda: form(_assoc),
     "chunk": lambda: form(Chunks(chunk_size)),
+    "pallas": lambda: form(Lanes.make()),
   }
   return dispatch.run("linear_recurrence", forms, implementation)
 

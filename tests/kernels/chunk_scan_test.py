@@ -79,8 +79,8 @@ def evaluate(op, c, form, **options):
   return out, grads
 
 
-def hold(op, c, **options):
-  want, got = evaluate(op, c, "scan"), evaluate(op, c, "pallas", **options)
+def hold(op, c, form="pallas", **options):
+  want, got = evaluate(op, c, "scan"), evaluate(op, c, form, **options)
   assert checks.relative(got[0], want[0]) <= checks.FORWARD
   for name, x in want[1].items():
     assert checks.relative(got[1][name], x) <= checks.GRADIENT, name
@@ -138,6 +138,14 @@ def test_half_precision(op, platform):
   for a, b, x in zip(*map(jax.tree.leaves, (got, near, want)), strict=True):
     bound = 4 * checks.relative(b, x) + 2**-8
     assert checks.relative(a, x) <= bound
+
+
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.slow
+def test_split_form(op, decay, platform):
+  """Prepared side by side, walked, and emitted side by side."""
+  hold(op, draw(op, decay, 41), "pallas_split", chunk_size=16)
 
 
 @pytest.mark.slow
