@@ -1,6 +1,7 @@
 """memzoo: the JAX zoo of memories, behind one contract."""
 
 from memzoo import cells as cells
+from memzoo import kernels as kernels
 from memzoo import ops as ops
 from memzoo.core.card import card as card
 from memzoo.core.cell import Cell as Cell

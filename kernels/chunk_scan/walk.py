@@ -55,16 +55,18 @@ class Walk:
 
   def advance(self, tree, state, local):
     """The state after a chunk of which `prepare` gave `local`, of a tree."""
-    return jax.vjp(lambda s: self._advance(tree, s, local), state)[0]
+    call = lambda state, local: self._advance(tree, state, local)
+    return jax.vjp(call, state, local)[0]
 
   def advance_back(self, tree, state, local, d_state):
     """The gradient of `advance` for its state."""
-    return self._back(lambda s: self._advance(tree, s, local), state, d_state)
+    call = lambda state, local: self._advance(tree, state, local)
+    return self._back(call, state, d_state, local)
 
   def outputs_back(self, state, inputs, constants, d_outputs):
     """The gradient of a chunk's outputs for its state."""
-    call = lambda s: self._call(s, inputs, constants)[1]
-    return self._back(call, state, d_outputs)
+    call = lambda *parts: self._call(*parts)[1]
+    return self._back(call, state, d_outputs, inputs, constants)
 
   def pull(self, state, inputs, constants, d_state, d_outputs):
     """The gradients of one chunk: three lists, zeros where nothing flows."""
@@ -77,9 +79,10 @@ class Walk:
     zeros = [[jnp.zeros_like(x) for x in xs] for xs in parts]
     return [self._full(i, some, zeros[i]) for i, some in enumerate(got)]
 
-  def _back(self, call, state, cotangents):
-    free = lambda some: call(self._full(0, some, state))
-    got = jax.vjp(free, self._free(0, state))[1](list(cotangents))[0]
+  def _back(self, call, state, cotangents, *others):
+    free = lambda some, *others: call(self._full(0, some, state), *others)
+    back = jax.vjp(free, self._free(0, state), *others)[1]
+    got = back(list(cotangents))[0]
     return self._full(0, got, [jnp.zeros_like(x) for x in state])
 
   def _free(self, part, xs):
