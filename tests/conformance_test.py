@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import memzoo
+from memzoo import kernels
 from memzoo.core import registry
 
 pytestmark = pytest.mark.nans  # one case holds infinities in a dead segment
@@ -34,6 +35,15 @@ FORMS = [
   for form in memzoo.describe(name).forms
 ]
 OTHERS = [(name, form) for name, form in FORMS if form != "step"]
+
+
+def tiers(cases):
+  """Kernels, which are slow in an interpreter, in the slow tier but for one."""
+  late = lambda name, form: form == "pallas" and name != "lstm"
+  return [
+    pytest.param(*case, marks=pytest.mark.slow) if late(*case) else case
+    for case in cases
+  ]
 
 
 def draw(spec, key, length, dtype=None):
@@ -145,7 +155,8 @@ class Subject:
 
     case = {k: v for k, v in self.cases.items() if k not in ("state", "xs")}
     self.fn = jax.jit(jax.vmap(one))
-    state, ys, grads = self.fn(self.cases["state"], self.cases["xs"], case)
+    with kernels.interpret(form == "pallas"):
+      state, ys, grads = self.fn(self.cases["state"], self.cases["xs"], case)
     count = len(jax.tree.leaves(self.params))
     leaves, _ = jax.tree.flatten(
       (self.params, self.state, jax.tree.map(lambda x: x[0], self.cases["xs"]))
@@ -251,7 +262,7 @@ def test_step_form_is_the_definition(name, subject):
     assert relative(at(run["state"], case), state) <= FORWARD
 
 
-@pytest.mark.parametrize("name,form", OTHERS)
+@pytest.mark.parametrize("name,form", tiers(OTHERS))
 def test_form_equals_step(name, form, subject):
   want, got = subject.run("step"), subject.run(form)
   forward = gradient = 0.0
@@ -273,7 +284,7 @@ def test_form_equals_step(name, form, subject):
   )
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_gradients_are_alive(name, form, subject):
   if not subject.cell.differentiable:
     pytest.skip("declared not differentiable")
@@ -294,7 +305,7 @@ def test_gradients_are_alive(name, form, subject):
   )
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_cut_anywhere(name, form, subject):
   run = subject.run(form)
   assert relative(run["resumed"], at(run["state"], PLAIN)) <= FORWARD
@@ -303,7 +314,7 @@ def test_cut_anywhere(name, form, subject):
   assert relative(rest, whole) <= FORWARD
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_reset_is_a_fresh_start(name, form, subject):
   if not subject.cell.resettable:
     pytest.skip("declared not resettable")
@@ -318,7 +329,7 @@ def test_reset_is_a_fresh_start(name, form, subject):
     assert not np.any(g[RESET, :SPLIT]), "a gradient crosses the reset"
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_mask_is_absence(name, form, subject):
   run = subject.run(form)
   for case in (MIXED, LEFT, RIGHT):
@@ -332,7 +343,7 @@ def test_mask_is_absence(name, form, subject):
     assert relative(at(run["ys"], case), ys) <= FORWARD
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_causal(name, form, subject):
   if not subject.cell.causal:
     pytest.skip("declared not causal")
@@ -340,7 +351,7 @@ def test_causal(name, form, subject):
     assert not np.any(g[PREFIX, CUT:]), "an output depends on a later input"
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_infinity_in_a_dead_segment(name, form, subject):
   """It never crosses a chunk boundary that holds a reset, nor reaches the
   gradients of later segments."""
@@ -357,7 +368,7 @@ def test_infinity_in_a_dead_segment(name, form, subject):
     assert not np.any(np.nan_to_num(g[INFINITE, :SPLIT]))
 
 
-@pytest.mark.parametrize("name,form", FORMS)
+@pytest.mark.parametrize("name,form", tiers(FORMS))
 def test_one_sequence_few_tokens_and_half_precision(name, form, subject):
   """Without vmap; T = 1 and T = 7; bfloat16 in, bfloat16 out, the state's
   dtypes unmoved and the error that of rounding."""
@@ -375,7 +386,8 @@ def test_one_sequence_few_tokens_and_half_precision(name, form, subject):
     )  # fmt: skip
 
   xs = jax.tree.map(lambda x: x[PLAIN], subject.cases["xs"])
-  out = jax.device_get(several(params, subject.state, xs))
+  with kernels.interpret(form == "pallas"):
+    out = jax.device_get(several(params, subject.state, xs))
   batched = subject.run("step")
   assert relative(out["whole"][1], at(batched["ys"], PLAIN)) <= FORWARD
   assert relative(out["whole"][0], at(batched["state"], PLAIN)) <= FORWARD
@@ -400,7 +412,7 @@ def test_one_sequence_few_tokens_and_half_precision(name, form, subject):
 def test_jit_changes_nothing(name, subject):
   cell, params = subject.cell, subject.params
   xs = jax.tree.map(lambda x: jnp.asarray(x[PLAIN, :3]), subject.cases["xs"])
-  form = cell.implementations[-1] if cell.implementations else "step"
+  form = [f for f in ("step", *cell.implementations) if f != "pallas"][-1]
   run = lambda p, s, x: memzoo.scan(cell, p, s, x, implementation=form)
   with jax.disable_jit():
     eager = run(params, subject.state, xs)

@@ -257,7 +257,7 @@ def test_bad_arguments(change, message):
 
 def test_bad_forms():
   c = make("plain")
-  with pytest.raises(NotImplementedError, match="has no 'pallas' form"):
+  with pytest.raises(NotImplementedError, match="interpret"):
     call("pallas", c)
   with pytest.raises(ValueError, match="did you mean 'assoc'"):
     call("asoc", c)
