@@ -14,6 +14,13 @@ of memzoo that they are held against run too:
 
 `--only=delta_rule` runs a part, and prints it alone unless `--out` is given.
 Leave the machine alone meanwhile: ratios bear a busy machine, times do not.
+
+  python -m experiments.bench --suite=gpu
+
+and `--suite=tpu` time kernels on such a device (`experiments.bench_device`), in
+less than ten minutes, and write `benchmarks/gpu.json` and `gpu.md`. Without the
+device `--interpret` tries the suite at toy sizes, for its numbers alone. The
+suite `tpu` has not been run on a TPU.
 """
 
 from collections.abc import Iterable
@@ -37,6 +44,7 @@ FLAGS = flags.FLAGS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"full": bench_cases.FULL, "tiny": bench_cases.TINY}
+SUITES = ("cpu", "gpu", "tpu")
 NO_PEERS = "not measured: --peer_python was not given"
 
 
@@ -101,20 +109,34 @@ GOALS = {
       _row("cell", "mamba", "B=1 T=4096", **_CHOSEN), "temp_bytes", 25e6,
     ),
   ),
-  "gpu": (),
-  "tpu": (),
 }  # fmt: skip
 
 
 def define() -> None:
   """Defines the flags; not on import, so that others can use the rest."""
-  flags.DEFINE_enum("suite", "cpu", sorted(GOALS), "Where to run.")
+  flags.DEFINE_enum("suite", "cpu", SUITES, "Where to run.")
   flags.DEFINE_string("peer_python", None, "An interpreter with the peers.")
   flags.DEFINE_string("only", "", "Regular expression on group names.")
   flags.DEFINE_float("seconds", 2.0, "Of rounds, a group and direction.", 0.0)
   flags.DEFINE_float("memory_limit", 4.0, "GB; what needs more is not run.")
   flags.DEFINE_enum("sizes", "full", sorted(SIZES), "'tiny' tries the script.")
   flags.DEFINE_string("out", "benchmarks", "Folder of the tables.")
+  of_device = "Of the suites gpu and tpu: "
+  flags.DEFINE_float(
+    "minutes", 9.0, of_device + "rows that do not fit are not run.", 0.0
+  )
+  flags.DEFINE_integer("seed", None, of_device + "by default a new one.")
+  flags.DEFINE_string(
+    "torch_python", None,
+    of_device + "an interpreter with flash-linear-attention; this one by "
+    "default, as for --peer_python.",
+  )  # fmt: skip
+  flags.DEFINE_bool(
+    "interpret", False, of_device + "on any machine, at toy sizes."
+  )
+  flags.DEFINE_string(
+    "workdir", None, "Folder of the tables of --interpret; none by default."
+  )
   flags.DEFINE_string("peer_worker", None, "For this script's own use.")
 
 
@@ -131,6 +153,7 @@ def check_platform(suite: str) -> None:
     raise RuntimeError(
       f"bench: --suite={suite} needs a {suite.upper()}; JAX runs on {found!r} "
       "here"
+      + ("" if suite == "cpu" else "; --interpret tries the suite without one")
     )
 
 
@@ -241,6 +264,14 @@ def machine() -> dict[str, Any]:
   }
 
 
+def command() -> str:
+  """How this was started, without paths of interpreters."""
+  return re.sub(
+    r"(--?(?:peer|torch)_python[= ])\S+", r"\1PYTHON",
+    " ".join(["python -m experiments.bench", *sys.argv[1:]]),
+  )  # fmt: skip
+
+
 def _cpu() -> str:
   try:
     text = pathlib.Path("/proc/cpuinfo").read_text()
@@ -258,7 +289,9 @@ def _commit() -> str:
     ).stdout.strip()  # fmt: skip
 
   try:
-    changed = git("status", "--porcelain", "--", "memzoo", "experiments")
+    changed = git(
+      "status", "--porcelain", "--", "memzoo", "kernels", "experiments"
+    )
     return git("rev-parse", "--short=12", "HEAD") + (
       ", with changes" if changed else ""
     )
@@ -375,6 +408,15 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
+  if FLAGS.suite != "cpu":
+    from experiments import bench_device
+
+    # Peers' processes need some of the memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    bench_device.main(FLAGS)
+    return
+  if FLAGS.interpret:
+    raise app.UsageError("--interpret is of the suites gpu and tpu")
   try:
     check_platform(FLAGS.suite)
   except RuntimeError as error:
@@ -399,13 +441,9 @@ def main(argv):
     FLAGS.peer_python, sizes=FLAGS.sizes, suite=FLAGS.suite, **options
   )
   took = datetime.datetime.now() - began
-  shown = re.sub(
-    r"(--?peer_python[= ])\S+", r"\1PYTHON",
-    " ".join(["python -m experiments.bench", *sys.argv[1:]]),
-  )  # fmt: skip
   result |= {
     "minutes": round(took.total_seconds() / 60, 1),
-    "command": shown,
+    "command": command(),
     "rows": rows,
   }
   partial = FLAGS.only or FLAGS.sizes != "full"

@@ -94,12 +94,48 @@ def measure(
   try:
     forms = group.build()
   except Exception as error:  # A peer that is absent, or does not fit.
-    why = _short(error)
+    why = short(error)
     return [row(group, "", d, "", error=why) for d in group.directions]
   rows = []
   for direction in group.directions:
     rows += _measure(group, forms, direction, seconds, memory_limit, clock)
   return rows
+
+
+def rounds(
+  runs: Mapping[str, Callable[[], Any]],
+  seconds: float,
+  *,
+  calls: Mapping[str, int] | None = None,
+  least: int = ROUNDS[0],
+  clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+  """Runs forms in turn: form -> seconds of a call in each round.
+
+  Args:
+    runs: form -> a function that starts a computation and returns its arrays.
+    seconds: how long rounds go on; at least `least` are run, at most
+      `ROUNDS[1]`.
+    calls: form -> how many calls in a row its round is, and then one wait;
+      one by default.
+    least: rounds.
+    clock: as for `measure`.
+  """
+  times = {form: [] for form in runs}
+  order, began = list(runs), clock()
+  for count in itertools.count():
+    late = clock() - began >= seconds
+    if not runs or (late and count >= least) or count >= ROUNDS[1]:
+      break
+    for form in order:
+      number = calls[form] if calls else 1
+      start = clock()
+      for _ in range(number):
+        out = runs[form]()
+      jax.block_until_ready(out)
+      times[form].append((clock() - start) / number)
+    order.reverse()
+  return times
 
 
 def fastest(times: Mapping[str, list[float]], candidates) -> str:
@@ -161,24 +197,13 @@ def _measure(group, forms, direction, seconds, memory_limit, clock):
         continue
       out = jax.block_until_ready(run())
     except Exception as error:  # A form that refuses, or does not fit.
-      failed[form] = facts | {"error": _short(error)}
+      failed[form] = facts | {"error": short(error)}
       continue
     # The outputs, and the gradients where there are some.
     first[form] = out[1] if direction == "forward" else out
     runs[form], about[form] = run, facts
 
-  times = {form: [] for form in runs}
-  order, began = list(runs), clock()
-  for count in itertools.count():
-    late = clock() - began >= seconds
-    if not runs or (late and count >= ROUNDS[0]) or count >= ROUNDS[1]:
-      break
-    for form in order:
-      start = clock()
-      jax.block_until_ready(runs[form]())
-      times[form].append(clock() - start)
-    order.reverse()
-
+  times = rounds(runs, seconds, clock=clock)
   reference = fastest(times, group.reference)
   rows = []
   for form in forms.calls:
@@ -245,7 +270,7 @@ def relative(a, b) -> float | None:
   norm = lambda x: float(np.linalg.norm(x.astype(np.complex128)))
   floor = 1e-6 * max(map(norm, b))
   distances = [norm(x - y) / (max(norm(y), floor) or 1.0) for x, y in zip(a, b)]
-  return max(distances)
+  return float(np.max(distances))  # NaN where one is
 
 
 def _is_inexact(x) -> bool:
@@ -258,6 +283,7 @@ def _wave(spec):
   return jnp.asarray(values.reshape(spec.shape), spec.dtype)
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+  """An error's name and first line."""
   lines = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {lines[0]}"[:200]

@@ -1,5 +1,7 @@
 """experiments.bench: what it times, what it writes. No test looks at speed."""
 
+import concurrent.futures
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, bench_cases, bench_peers, timing
+from experiments import (
+  bench,
+  bench_cases,
+  bench_device,
+  bench_kernels,
+  bench_parity,
+  bench_peers,
+  bench_report,
+  bench_torch,
+  bench_workers,
+  timing,
+)
 import memzoo
 from memzoo import ops
 
@@ -297,5 +310,271 @@ def test_a_device_that_is_absent_is_one_error():
   )  # fmt: skip
   assert done.returncode == 1
   assert done.stderr.splitlines() == [
-    "bench: --suite=tpu needs a TPU; JAX runs on 'cpu' here"
+    "bench: --suite=tpu needs a TPU; JAX runs on 'cpu' here; --interpret tries "
+    "the suite without one"
   ]
+
+
+def device_rows(forms, case=None, **more):
+  """Rows of toy forms, compiled by one thread."""
+  case = case or bench_kernels.Case(
+    "linear_attention", "none", 1, 16, 1, 4, dtype="float32"
+  )
+  options = bench_parity.Options("gpu", True, 0.0, threads=1, **more)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    forms = {n: ("ours", f) for n, f in forms.items()}
+    job = bench_device.Job(case, forms, options, pool, {})
+    concurrent.futures.wait(job.futures())
+    return job.rows({"flops_per_s": 1e12, "bytes_per_s": 1e9})
+
+
+@pytest.mark.nans
+def test_a_form_that_is_off_is_reported_and_not_timed():
+  case = bench_kernels.Case(
+    "linear_attention", "none", 1, 16, 1, 4, dtype="float32"
+  )
+  scan = functools.partial(bench_kernels.call, case, "scan")
+
+  def slightly_off(*args):
+    state, outputs = scan(*args)
+    return state, outputs * 1.001
+
+  @jax.custom_vjp
+  def wrong_back(*args):
+    return scan(*args)
+
+  wrong_back.defvjp(
+    lambda *args: jax.vjp(scan, *args),
+    lambda pull, g: jax.tree.map(lambda x: 1.001 * x, pull(g)),
+  )
+
+  def unwritten(*args):
+    state, outputs = scan(*args)
+    return state, outputs.at[0, 3].set(jnp.nan)
+
+  rows = device_rows(
+    {"off": slightly_off, "back": wrong_back, "nan": unwritten, "scan": scan}
+  )
+  found = {(r["form"], r["direction"]): r for r in rows}
+  assert len(found) == len(rows) == 8
+  for form, part in (("off", "values"), ("back", "gradients"), ("nan", "nan")):
+    for direction in timing.DIRECTIONS:
+      row = found[form, direction]
+      assert "median_ms" not in row and "FAILED parity" in row["error"]
+      assert part in row["error"]
+      assert row["error"] in bench_report.line(row)
+  good = found["scan", "forward+backward"]
+  assert good["parity"]["gradients"] < 1e-5 and good["ratio"] == 1
+  # 16 tokens of 4 · 4 · 4 FLOP, three times; arguments, outputs and gradients.
+  numbers = 2 * (16 + 3 * 64 + 64 + 16)
+  seconds = good["median_ms"] / 1e3
+  np.testing.assert_allclose(good["flops_per_s"] * seconds, 3 * 16 * 64)
+  np.testing.assert_allclose(good["bytes_per_s"] * seconds, 4 * numbers)
+  np.testing.assert_allclose(good["floor_ms"], 1e3 * 4 * numbers / 1e9)
+  assert set(good) >= {
+    "compile_s", "temp_bytes", "rounds", "calls", "min_ms", "max_ms",
+    "tokens_per_s", "difference", "of_flops", "of_bytes",
+  }  # fmt: skip
+
+
+def test_full_size_outputs_are_compared():
+  close, far = [jnp.ones(4)], [jnp.asarray([1.0, 1, 1, 1.2])]
+  job = object.__new__(bench_device.Job)
+  job._case = bench_kernels.Case("lstm")
+  first, facts = {}, {"a": {}, "b": {}}
+  job._compare("a", "forward", close, first, facts)
+  job._compare("b", "forward", far, first, facts)
+  assert facts["a"] == {"difference": 0.0}
+  assert facts["b"]["error"].startswith("FAILED at full size: 1.0e-01")
+
+
+def test_device_cases_are_what_is_asked():
+  cases = bench_kernels.CASES
+  headline = cases[0]
+  assert headline.shape == "B=4 T=4096 H=16 K=V=128"
+  assert headline.what == "delta_rule, scalar decay"
+  assert headline.dtype == "bfloat16"
+  assert len({(c.what, c.shape, c.dtype) for c in cases}) == len(cases)
+  matrix = [c for c in cases if c.op in bench_kernels.MATRIX]
+  assert {c.tokens for c in matrix} == {16384, 65536}
+  assert {c.length for c in matrix} == {1024, 4096, 16384, 65536}
+  assert {c.key for c in matrix} | {c.value for c in matrix} == {
+    0,
+    64,
+    128,
+    256,
+  }
+  assert {(c.op, c.decay) for c in matrix} == {
+    (op, decay) for op in bench_kernels.MATRIX for decay in bench_kernels.DECAYS
+  }
+  assert [len(w) for w in bench_device.waves(cases)][:3] == [2, 3, 4]
+  assert [c for w in bench_device.waves(cases) for c in w] == list(cases)
+  # Both sides of every goal are measured.
+  for goal in bench_report.GOALS["gpu"]:
+    first = next(c for c in cases if c.what == goal.what)
+    assert goal.ours == "default" or goal.ours in first.forms
+    assert goal.against in first.forms or first.op in bench_kernels.MATRIX
+  for op, decay in bench_torch.PEERS[bench_torch.FLA]:
+    assert bench_kernels.has_torch(bench_kernels.Case(op, decay))
+
+
+def test_time_runs_out_before_a_wave_that_would_not_fit(monkeypatch):
+  now = [0.0]
+  budget = bench_device.Budget(1.0, clock=lambda: now[0])
+  seen = []
+  for length in (10, 25, 5, 1):
+    with budget.wave() as fits:
+      seen.append(fits)
+      now[0] += length if fits else 0
+  assert seen == [True, True, False, False]  # 25 s are left, 25 were needed
+  assert budget.left == 25
+  slow = bench_device.Budget(10.0, clock=lambda: now[0])
+  for length, fits_now in ((400, True), (100, True), (50, True), (1, False)):
+    with slow.wave() as fits:
+      assert fits == fits_now
+      now[0] += length
+
+  monkeypatch.setattr(bench_device, "ceilings", lambda _: {})
+  found, shown = {}, []
+  bench_device.run(
+    bench_kernels.CASES[:3], bench_parity.Options("gpu", True),
+    bench_device.Budget(0.0), bench_workers.Peers({}), found, show=shown.append,
+  )  # fmt: skip
+  assert found["rows"] == shown and len(shown) == 6
+  assert {r["error"] for r in shown} == {"not run: 0 minutes were over"}
+
+
+def test_peers_of_the_device_suites_that_are_absent_say_so(tmp_path):
+  (tmp_path / "dies.py").write_text("raise SystemExit('no luck')")
+  (tmp_path / "answers.py").write_text(
+    "import sys\n"
+    "for line in sys.stdin:\n"
+    f'  print(\'noise\'); print(\'{bench_workers.MARK}[{{"form": "x", '
+    '"error": "y"}]\', flush=True)\n'
+  )
+  case, options = bench_kernels.CASES[0], bench_parity.Options("gpu", True)
+
+  def ask(python, module):
+    peers = bench_workers.Peers(
+      {"peer": (bench_workers.Worker(python, module), lambda _: True)}
+    )
+    try:
+      peers.start([case])
+      rows = [peers.rows(case, options, 60.0, 1e9) for _ in range(2)]
+    finally:
+      peers.stop()
+    assert rows[0] == rows[1]
+    assert [r["direction"] for r in rows[0]] == list(timing.DIRECTIONS)
+    assert {(r["kind"], r["what"]) for r in rows[0]} == {("peer", case.what)}
+    return rows[0][0]["form"], rows[0][0]["error"]
+
+  old = os.environ.get("PYTHONPATH", "")
+  os.environ["PYTHONPATH"] = str(tmp_path)
+  try:
+    form, error = ask("no-such-python", "dies")
+    assert form == "peer" and "does not start: No such file" in error
+    form, error = ask(sys.executable, "dies")
+    assert form == "peer" and "ended (1): no luck" in error
+    assert ask(sys.executable, "answers") == ("x", "y")
+    name, error = ask(sys.executable, "experiments.bench_torch")
+    assert name == "peer"
+    assert "torch" in error or "finds no GPU" in error
+  finally:
+    os.environ["PYTHONPATH"] = old
+
+
+@pytest.mark.parametrize("decay", sorted(bench_kernels.DECAYS))
+@pytest.mark.parametrize("op", bench_kernels.MATRIX)
+def test_the_step_loop_in_pytorch_is_ours(op, decay):
+  torch = pytest.importorskip("torch")
+  case = bench_kernels.Case(op, decay, 1, 7, 2, 3, 5, "float32")
+  plain = case._asdict()
+  generator = torch.Generator("cpu").manual_seed(0)
+  s, q, k, v, *gates = bench_torch.inputs(torch, plain, generator, "cpu")
+  want = bench_torch.step_loop(torch, plain, s, q, k, v, *gates)
+  array = lambda x: jnp.asarray(x.numpy())
+  names = {"g": "log_decay", "beta": "beta"}
+  given = {
+    names[n]: array(x) for n, x in zip(bench_torch.gate_names(plain), gates)
+  }
+  got = bench_kernels.call(case, "scan", *map(array, (s, q, k, v)), given)
+  assert timing.relative(got[1], array(want[0])) < 1e-6
+  assert timing.relative(got[0], array(want[1])) < 1e-6
+
+
+def test_the_page_of_a_device_suite():
+  def timed(kind, form, ms, what="delta_rule, scalar decay", **more):
+    case = next(c for c in bench_kernels.CASES if c.what == what)
+    facts = bench_device.summary([ms / 1e3] * 5, 2)
+    facts |= bench_device.rates(
+      (1e12, 1e9), facts, {"flops_per_s": 8e14, "bytes_per_s": 4e12}
+    )
+    row = bench_kernels.row(case, form, "forward+backward", kind, **facts)
+    return row | {"jax": "1.2.3"} | more
+
+  rows = [
+    timed("ours", "pallas", 4.0), timed("ours", "pallas, C=32", 2.0),
+    timed("ours", "chunk", 9.0, default=True, reference="chunk", ratio=1.0),
+    timed("peer", "flash-linear-attention", 3.0, torch="9.9"),
+    timed("ours", "pallas", 1.0, "lstm"),
+    timed("peer", "other", 0.5, "lstm"),
+  ]  # fmt: skip
+  rows.append(
+    bench_kernels.row(
+      bench_kernels.CASES[0], "x", "forward", "peer", error="absent | so"
+    )
+  )
+  goals = {g.text: bench_report.met(g, rows) for g in bench_report.GOALS["gpu"]}
+  fla, jla, own = (v for n, v in goals.items() if n.startswith("gated"))
+  assert fla[0] == 1.5 and "pallas, C=32 2 ms" in fla[1]
+  assert jla == (None, "not measured: not run")
+  assert own[0] == 4.5
+  losing = bench_report.summary(rows)
+  assert [r[0] for r in losing] == ["lstm", "delta_rule, scalar decay"]
+  assert losing[0][7] == "0.50" and losing[1][3] == "pallas, C=32"
+  # 1 TFLOP at 800 a second: 1.25 ms.
+  assert losing[1][-1] == "arithmetic, 1.6×"
+  result = {
+    "suite": "gpu", **bench.machine(), "notes": ["a note"], "minutes": 8.7,
+    "interpret": False, "seed": 11, "command": "toy", "rows": rows,
+    "ceilings": {
+      "copy_bytes": 1e9, "bytes_per_s": 4e12, "flops_per_s": 8e14,
+      "matmul_size": 8192,
+    },
+  }  # fmt: skip
+  page = bench_report.page(result)
+  for said in ("a note", "4 TB/s", "800 TFLOP/s", "torch 9.9", "seed 11"):
+    assert said in page
+  assert "absent \\| so" in page and "| chunk * |" in page
+  tables = {}
+  for text in page.splitlines():
+    if text.startswith("|"):
+      tables.setdefault(text.replace("\\|", "").count("|"), 0)
+  assert set(tables) == {6, 10, 17}
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="asks for what is here"
+)
+def test_the_gpu_suite_in_the_interpreter(tmp_path):
+  """All of it, from the command to the files, on one small case."""
+  command = [
+    sys.executable, "-m", "experiments.bench", "--suite=gpu", "--interpret",
+    "--only=hopfield", f"--workdir={tmp_path}", "--seed=1",
+  ]  # fmt: skip
+  done = subprocess.run(
+    command, cwd=bench.ROOT, text=True, capture_output=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[0] == bench_device.MEANINGLESS
+  result = json.loads((tmp_path / "gpu.json").read_text())
+  assert result["interpret"] and result["seed"] == 1
+  assert {(r["form"], r["direction"]) for r in result["rows"]} == {
+    (f, d) for f in ("pallas", "dense") for d in timing.DIRECTIONS
+  }
+  for row in result["rows"]:
+    assert "error" not in row and row["rounds"] >= bench_device.LEAST
+    for part in ("values", "gradients"):
+      assert 0 < row["parity"][part] <= row["parity"][f"{part}_bound"] < 0.05
+  assert "have no meaning" in (tmp_path / "gpu.md").read_text()

@@ -55,7 +55,8 @@ class GatedDelta(cell.Cell):
   Params: qkv [D, H (2K + V)], conv [W, H (2K + V)], ab [D, 2H] (decay, beta),
     a_log [H], dt [H], gate [D, HV], norm [V], out [HV, D].
   Forms: step and scan O(H K V) a token, in order; chunk O(H (C (K + V) + K V))
-    a token, in T / C sequential steps of matmuls.
+    a token, in T / C sequential steps of matmuls; pallas the same in one
+    kernel.
   Differs: nothing. With `allow_neg_eigval` β is doubled (Grazzi et al. 2024,
     arXiv:2411.12537).
   Paper: Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2
@@ -70,7 +71,7 @@ class GatedDelta(cell.Cell):
   conv_size: int = 4
   allow_neg_eigval: bool = False
 
-  implementations: ClassVar[tuple[str, ...]] = ("scan", "chunk")
+  implementations: ClassVar[tuple[str, ...]] = ("scan", "chunk", "pallas")
   op: ClassVar[str] = "delta_rule"
 
   def __post_init__(self):

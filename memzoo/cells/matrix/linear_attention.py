@@ -41,7 +41,8 @@ class LinearAttention(cell.Cell):
   State: s [H, F, V] and z [H, F] float32, conv [W − 1, 3HK] float32, from zero.
   Params: qkv [D, 3HK], conv [W, 3HK] (where conv_size > 0), out [HK, D].
   Forms: step and scan O(H F V) a token, in order; chunk O(H (C (F + V) + F V))
-    a token, in T / C sequential steps of matmuls.
+    a token, in T / C sequential steps of matmuls; pallas the same in one
+    kernel.
   Differs: `eps` is added to the denominator, as in the authors' code. Other
     feature maps by name; without `normalize` the denominator is left out and
     the head's output is RMS-normalised (Qin et al. 2022, arXiv:2210.10340).
@@ -60,7 +61,7 @@ class LinearAttention(cell.Cell):
   conv_size: int = 0
   eps: float = 1e-6
 
-  implementations: ClassVar[tuple[str, ...]] = ("scan", "chunk")
+  implementations: ClassVar[tuple[str, ...]] = ("scan", "chunk", "pallas")
   op: ClassVar[str] = "linear_attention"
 
   def __post_init__(self):

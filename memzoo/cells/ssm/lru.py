@@ -44,7 +44,8 @@ class LRU(cell.Cell):
     [N, D]; d [D].
   Forms: step O(DN) a token; scan hoists B u and C x out of the loop, whose
     steps are O(N); assoc the same in O(log T) parallel passes, chunk in
-    passes over 16 tokens and T / 16 serial steps.
+    passes over 16 tokens and T / 16 serial steps; pallas the steps of scan in
+    one kernel.
   Differs: nothing in the recurrent layer. The block around it (norm, gated
     linear unit, skip) is the model's.
   Paper: Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De 2023,
@@ -59,7 +60,12 @@ class LRU(cell.Cell):
   max_phase: float = 2 * math.pi
 
   op: ClassVar[str] = "linear_recurrence"
-  implementations: ClassVar[tuple[str, ...]] = ("scan", "assoc", "chunk")
+  implementations: ClassVar[tuple[str, ...]] = (
+    "scan",
+    "assoc",
+    "chunk",
+    "pallas",
+  )
 
   def __post_init__(self):
     arguments.check_positive(self, "d_model", "d_state")
