@@ -44,9 +44,11 @@ def _legend(figure, colours):
     Line2D([], [], color=c, marker="o", linewidth=1.5, label=name)
     for name, c in colours.items()
   ]
+  longest = max(map(len, colours))
+  fit = int(figure.get_figwidth() / (0.5 + 0.08 * longest))
   figure.legend(
-    handles=handles, loc="outside lower center", ncols=min(len(handles), 6),
-    fontsize=9, frameon=False,
+    handles=handles, loc="outside lower center",
+    ncols=max(1, min(len(handles), fit)), fontsize=9, frameon=False,
   )  # fmt: skip
 
 

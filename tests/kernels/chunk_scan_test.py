@@ -444,8 +444,8 @@ def test_chunk_of_zeros_is_inert():
     q=wide(inputs.q, (0, 2)), k=wide(inputs.k, (0, 2)),
     v=wide(inputs.v, (0, 3)), log_decay=wide(inputs.log_decay, (0, 2)),
   )  # fmt: skip
-  run = functools.partial(
-    chunk.run, delta.FUNCTION, chunk_size=16, columns=True
+  run = jax.jit(
+    functools.partial(chunk.run, delta.FUNCTION, chunk_size=16, columns=True)
   )
   want = run(jnp.asarray(one["s"]), jax.tree.map(jnp.asarray, inputs), None)
   got = run(wide(jnp.asarray(one["s"]), (0, 2), (0, 3)), padded, None)
