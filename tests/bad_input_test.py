@@ -130,7 +130,7 @@ TABLE = {
   "form that the cell lacks": (
     lambda: scan(implementation="chunk"),
     NotImplementedError,
-    "gru has no 'chunk' form; it has: scan, step",
+    "gru has no 'chunk' form; it has: pallas, scan, step",
   ),
   "longer than unbounded attention holds": (
     lambda: memzoo.scan(

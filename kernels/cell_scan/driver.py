@@ -42,8 +42,7 @@ def cell_scan(
   Args:
     step: (state, x, constants) -> (state, output), pytrees of vectors, for one
       sequence and one step. It closes over no array, and the same function
-      serves every call, so that kernels are
-      compiled once.
+      serves every call, so that kernels are compiled once.
     state: a pytree of floats [N], each.
     inputs: a pytree of floats [T, N], each.
     constants: a pytree of floats [N] or [N, M], each.

@@ -156,14 +156,12 @@ def unknown(what: str, got: Any, accepted) -> str:
   """Message for a name that does not exist, with the nearest that do."""
   accepted = [str(name) for name in accepted]
   near = difflib.get_close_matches(str(got), accepted, n=3, cutoff=0.5)
-  if near:
-    hint = f"did you mean {' or '.join(map(repr, near))}?"
-  else:
-    few = accepted[:20]
-    hint = "accepted: " + ", ".join(few)
-    if len(few) < len(accepted):
-      hint += f", … ({len(accepted)} in all)"
-  return f"unknown {what}: {got!r}; {hint}"
+  hints = [f"did you mean {' or '.join(map(repr, near))}?"] if near else []
+  if not near or len(accepted) <= 20:
+    few = ", ".join(accepted[:20])
+    more = f", … ({len(accepted)} in all)" if len(accepted) > 20 else ""
+    hints.append(f"accepted: {few}{more}")
+  return f"unknown {what}: {got!r}; " + " ".join(hints)
 
 
 def check_int(
