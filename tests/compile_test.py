@@ -210,7 +210,15 @@ def test_every_op_is_known():
   assert set(compiler.OPS) == public | {"conv"}
 
 
-@pytest.mark.parametrize("op", sorted(compiler.OPS))
+@pytest.mark.parametrize(
+  "op",
+  [
+    pytest.param(
+      op, marks=() if op in ("conv", "hopfield") else pytest.mark.slow
+    )
+    for op in sorted(compiler.OPS)
+  ],
+)
 def test_every_op_compiles_forward_and_backward(op, on_cpu):
   form = {"hopfield": "dense", "product_key": ""}.get(op, "scan")
   more = () if op in compiler.TIMELESS else ("--reset", "--dtype=bfloat16")
