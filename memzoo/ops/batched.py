@@ -61,7 +61,7 @@ def batched(
 
   Args:
     op: an op of `memzoo.ops` that takes (state, *tensors, **gates).
-    mesh: of devices, or None.
+    mesh: of devices, with automatic axes (`jax.sharding.Mesh`), or None.
     batch: the axis or axes of the mesh that B is cut over.
     heads: those that H is cut over.
   """

@@ -359,7 +359,8 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from memzoo import kernels, ops
 from memzoo.core import dispatch
-mesh = jax.make_mesh((4, 2), ("data", "heads"))
+devices = np.asarray(jax.devices()).reshape(4, 2)
+mesh = jax.sharding.Mesh(devices, ("data", "heads"))
 keys = jax.random.split(jax.random.key(0), 6)
 B, T, H, K = 4, 20, 2, 6
 q, k, v = (jax.random.normal(key, (B, T, H, K)) / 3 for key in keys[:3])
