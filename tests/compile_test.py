@@ -291,6 +291,7 @@ def test_a_long_message_is_cut_in_the_table_alone(on_cpu):
   assert cell.startswith("a\\|b x") and len(cell) < 300 and cell.endswith("…")
 
 
+@pytest.mark.slow
 def test_cells_take_turns(on_cpu):
   rows = compiler.run(
     parse(
@@ -307,6 +308,7 @@ def test_cells_take_turns(on_cpu):
   assert rows[0]["argument_bytes"] == sizes
 
 
+@pytest.mark.slow
 def test_a_flag_file_of_train_compiles_a_training_step(on_cpu):
   small = (
     "--d_model=8",

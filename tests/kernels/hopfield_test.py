@@ -175,6 +175,7 @@ def test_bfloat16(platform):
     assert error < 4 * checks.relative(r, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_vmap(platform):
   """Shared patterns, own patterns, and a beta each: as one after the other."""
