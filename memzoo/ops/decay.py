@@ -189,6 +189,7 @@ def quarantine(reset, mask, log_decay, *tensors):
     bad = jnp.zeros(reset.shape, jnp.float32)
     for n, x in enumerate(tensors):
       if x is not None:
+        x = x.astype(jnp.float32)  # a TPU tests no other
         wrong = ~jnp.isfinite(x)
         wrong = wrong & ~jnp.isneginf(x) if n == 0 else wrong
         wrong = wrong.astype(jnp.float32)
