@@ -69,6 +69,39 @@ def jla(s, q, k, v, *, beta=None, log_decay=None, reset=None, mask=None,
   return s, o
 
 
+def tokamax():
+  """tokamax's attention in Triton for NVIDIA GPUs, for one sequence and head.
+
+  Inside `memzoo.kernels.interpret()` its XLA form takes its place, on any
+  device.
+
+  Returns:
+    (q [T, K], k [S, K], v [S, V], visible bool [T, S], scale or None) ->
+    [T, V]. Every query sees a key.
+
+  Raises:
+    NotImplementedError: where the package or a GPU is missing.
+  """
+  if importlib.util.find_spec("tokamax") is None:
+    raise NotImplementedError("the package tokamax is missing")
+  if not interpreting() and dispatch.current_platform() != "gpu":
+    raise NotImplementedError("tokamax's attention in Triton is for GPUs")
+  form = "xla" if interpreting() else "triton"
+
+  def attend(q, k, v, visible, scale):
+    from absl import flags
+    from tokamax import dot_product_attention
+
+    if not flags.FLAGS.is_parsed():  # It would take the program's arguments.
+      flags.FLAGS.mark_as_parsed()
+    return dot_product_attention(
+      q[:, None], k[:, None], v[:, None], mask=visible[None], scale=scale,
+      implementation=form,
+    )[:, 0]  # fmt: skip
+
+  return attend
+
+
 def _hopper() -> bool:
   if dispatch.current_platform() != "gpu":
     return False

@@ -21,6 +21,7 @@ from experiments import compile as compiler, train
 import memzoo
 from memzoo import ops, targets
 from memzoo.core import dispatch
+from memzoo.ops.gradient_step import Learner, Model, State
 
 ROOT = train.epath.Path(__file__).parent.parent
 FLAG_FILE = ROOT / "experiments" / "mqar_small" / "gated_delta.flags"
@@ -528,6 +529,72 @@ def test_ops_compile_in_chunks(name, op):
     )
   )  # fmt: skip
   assert rows[0]["ok"] and rows[0]["fits"], rows[0]["message"]
+
+
+def with_resets(op, decay):
+  """An op's kernel in bfloat16 with resets to a learned state, gaps and a
+  ragged end: a scalar of its outputs, floating arguments, flags."""
+  batch, length, heads, width = 2, 100, 2, 64
+  step = lambda *shape, dtype="float32": struct(
+    batch, length, heads, *shape, dtype=dtype
+  )
+  free = {n: step(width, dtype="bfloat16") for n in "qkv"}
+  flags = {n: struct(batch, length, dtype=bool) for n in ("reset", "mask")}
+  options = dict(implementation="pallas")
+  if op == "gradient_step":
+    model = lambda *lead: Model(
+      struct(*lead, width, width), struct(*lead, width)
+    )
+    free |= dict(
+      model=model(batch, heads), grads=model(batch, heads), fresh=model(heads),
+      learner=Learner(struct(16), struct(width), struct(width)),
+      rate=step(),
+    )  # fmt: skip
+    flags["phase"] = struct(batch, heads, dtype="int32")
+    options["residual"] = True
+  else:
+    free |= dict(
+      s=struct(batch, heads, width, width), fresh=struct(heads, width, width)
+    )
+    if decay != "none":
+      free["log_decay"] = step(*((width,) if decay == "channel" else ()))
+    if op == "delta_rule":
+      free["beta"] = step()
+    options["chunk_size"] = 16
+
+  def call(free, flags):
+    c = {**free, **flags, **options}
+    if op == "gradient_step":
+      s = State(c.pop("model"), c.pop("grads"), c.pop("phase"))
+    else:
+      s = c.pop("s")
+    q, k, v = (c.pop(n) for n in "qkv")
+    out = jax.tree.leaves(ops.batched(getattr(ops, op))(s, q, k, v, **c))
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in out)
+
+  return call, free, flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [needs(n) for n in ("tpu:v5e", "cuda:h200")])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+  "op, decay",
+  [
+    ("linear_attention", "none"),
+    ("linear_attention", "scalar"),
+    ("linear_attention", "channel"),
+    ("delta_rule", "none"),
+    ("delta_rule", "scalar"),
+    ("delta_rule", "channel"),
+    ("gradient_step", "none"),
+  ],
+)
+def test_a_kernel_with_resets_compiles(op, decay, direction, name):
+  call, free, flags = with_resets(op, decay)
+  fn = call if direction == "forward" else jax.grad(call)
+  report = targets.get(name).compile(fn, free, flags)
+  assert report.ok and report.fits, report.message
 
 
 @pytest.mark.slow

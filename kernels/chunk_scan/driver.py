@@ -81,11 +81,6 @@ def chunk_scan(
   length = jax.tree.leaves(inputs)[0].shape[0]
   if not length:
     raise NotImplementedError("the kernel takes one step or more")
-  if platform == "gpu" and not interpreting() and inputs.reset is not None:
-    raise NotImplementedError(
-      "Triton does not compile the kernel with resets yet (transposed flags); "
-      "the 'chunk' form serves them"
-    )
   size = max(chunk.fit(chunk_size, length), 16)
   count = -(-length // size)
   if split:

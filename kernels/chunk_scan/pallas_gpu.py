@@ -92,10 +92,11 @@ def parallel(fn, stacked, fixed, outs, **options):
 
 def _traced(options, kernel):
   def traced(*refs):
-    if options.interpret:
-      return kernel(*refs)
-    with chunk.full_precision(TF32X3):
-      return kernel(*refs)
+    with chunk.wide_flags():
+      if options.interpret:
+        return kernel(*refs)
+      with chunk.full_precision(TF32X3):
+        return kernel(*refs)
 
   return traced
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import axes, dispatch
+from memzoo.kernels import external
 from memzoo.kernels.interpret import interpreting
 from memzoo.ops import arguments, chunk
 
@@ -142,7 +143,7 @@ def attention(
     fresh: a ring like `state`; the empty one by default.
     implementation: 'scan', 'chunk', 'cudnn' (all of the sequence at once, by
       cuDNN through `jax.nn.dot_product_attention`; its mask takes T (S + T)
-      numbers), or None.
+      numbers), 'tokamax' (likewise, by `memzoo.kernels.external`), or None.
     chunk_size: C of the chunk form, a power of two; None chooses by S and K.
 
   Returns:
@@ -174,6 +175,9 @@ def attention(
     "cudnn": lambda: chunk_function(**options, attend=_cudnn(state, inputs))(
       state, inputs, fresh
     ),
+    "tokamax": lambda: chunk_function(
+      **options, attend=_tokamax(state, inputs)
+    )(state, inputs, fresh),
   }
   return dispatch.run("attention", forms, implementation)
 
@@ -321,13 +325,8 @@ def _cudnn(state: State, inputs: Inputs):
   inside = interpreting()
   if not inside and dispatch.current_platform() != "gpu":
     raise NotImplementedError("cuDNN runs on NVIDIA GPUs")
-  dtypes = {x.dtype.name for x in (*inputs[:3], state.k, state.v)}
+  _check_half("cuDNN", state, inputs)
   width, values = inputs.k.shape[1], inputs.v.shape[1]
-  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"} and not inside:
-    raise NotImplementedError(
-      "cuDNN takes q, k, v and a ring of one dtype, bfloat16 or float16, got "
-      + ", ".join(sorted(dtypes))
-    )
   if width != values or not inside and (width % 8 or width > 128):
     raise NotImplementedError(
       f"cuDNN takes K = V, a multiple of 8 up to 128, got {width} and {values}"
@@ -342,6 +341,28 @@ def _cudnn(state: State, inputs: Inputs):
     return jnp.where(seen, out[:, 0], 0.0)
 
   return attend
+
+
+def _tokamax(state: State, inputs: Inputs):
+  """tokamax's attention in the place of `_attend`, where it serves the call."""
+  one = external.tokamax()
+  _check_half("tokamax", state, inputs)
+
+  def attend(q, k, v, visible, scale):
+    seen = visible.any(axis=1, keepdims=True)
+    return jnp.where(seen, one(q, k, v, visible | ~seen, scale), 0.0)
+
+  return attend
+
+
+def _check_half(who, state: State, inputs: Inputs):
+  dtypes = {x.dtype.name for x in (*inputs[:3], state.k, state.v)}
+  half = dtypes <= {"bfloat16", "float16"} or interpreting()
+  if len(dtypes) > 1 or not half:
+    raise NotImplementedError(
+      f"{who} takes q, k, v and a ring of one dtype, bfloat16 or float16, got "
+      + ", ".join(sorted(dtypes))
+    )
 
 
 def _slot(position, capacity: int, sinks: int):

@@ -331,7 +331,44 @@ def last(x: jax.Array) -> jax.Array:
 def where(flags: jax.Array, x, y) -> jax.Array:
   """x where flags (0 or 1, float32, broadcast first) are set, else y."""
   shape = jnp.broadcast_shapes(flags.shape, jnp.shape(x), jnp.shape(y))
-  return jnp.where(jnp.broadcast_to(flags, shape) > 0, x, y)
+  bound = 0.0
+  if _wide_flags.get():
+    flags, bound = _beside_places(flags, shape)
+  return jnp.where(jnp.broadcast_to(flags, shape) > bound, x, y)
+
+
+_wide_flags = contextvars.ContextVar("memzoo_wide_flags", default=False)
+
+
+@contextlib.contextmanager
+def wide_flags() -> Iterator[None]:
+  """Makes `where` compare flags in such a way that no compiler can do so
+  before they are broadcast.
+
+  For Triton, which compares before it broadcasts where it can, and converts
+  what is broadcast to the layout of a product's operands: it has none for the
+  single bits that a comparison gives, and fails.
+  """
+  token = _wide_flags.set(True)
+  try:
+    yield
+  finally:
+    _wide_flags.reset(token)
+
+
+def _beside_places(flags, shape):
+  """(a, b) with a > b, once broadcast to `shape`, where flags are set: b
+  counts along the axes that flags are broadcast over."""
+  own = (1,) * (len(shape) - flags.ndim) + flags.shape
+  place, count = None, 1
+  for axis, size in enumerate(shape):
+    if size > 1 and own[axis] == 1:
+      i = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+      place = i if place is None else place * size + i
+      count *= size
+  if place is None:
+    return flags, 0.0
+  return flags * count, place.astype(jnp.float32)
 
 
 def segment_sums(g: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ In Pallas' interpreter, for the numbers; on real compilers where they are
 installed, for what they accept.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -209,6 +210,71 @@ def test_value_axis_in_blocks():
 
 
 @pytest.mark.parametrize(
+  "op, k, v",
+  [
+    pytest.param("linear_attention", 3, 20, marks=pytest.mark.slow),
+    pytest.param("linear_attention", 20, 3, marks=pytest.mark.slow),
+    ("delta_rule", 3, 20),
+    pytest.param("delta_rule", 20, 3, marks=pytest.mark.slow),
+  ],
+)
+def test_keys_and_values_of_two_widths(op, k, v, platform):
+  """K above V and below it, and not of one padded width (16 and 32)."""
+  hold(op, draw(op, "scalar", 17, k=k, v=v), chunk_size=16)
+
+
+@pytest.mark.parametrize(
+  "op", [OPS[0], pytest.param(OPS[1], marks=pytest.mark.slow)]
+)
+def test_heads_in_groups(op, platform):
+  """Heads of a group share queries, keys and resets: their gradients are the
+  sums over the group, and the kernels read one copy of each."""
+  groups, heads, length, wide = 2, 3, 20, 20
+  keys = iter(jax.random.split(jax.random.key(5), 8))
+  normal = lambda *shape: jax.random.normal(next(keys), shape)
+  free = dict(
+    s=normal(groups, heads, wide, V), q=normal(groups, length, wide),
+    k=normal(groups, length, wide) / 4, v=normal(groups, heads, length, V),
+    log_decay=-jnp.exp(normal(groups, heads, length)),
+  )  # fmt: skip
+  if op == "delta_rule":
+    free["beta"] = jax.nn.sigmoid(normal(groups, heads, length))
+  reset = jax.random.bernoulli(next(keys), 0.1, (groups, length))
+  shared = ("q", "k")
+  inner = {n: None if n in shared else 0 for n in free}
+
+  def call(form, free):
+    def one(free, reset):
+      free = dict(free)
+      args = [free.pop(n) for n in "sqkv"]
+      return getattr(ops, op)(
+        *args, **free, reset=reset, implementation=form, chunk_size=16
+      )
+
+    return jax.vmap(jax.vmap(one, (inner, None)))(free, reset)
+
+  def run(form):
+    def loss(free):
+      out = call(form, free)
+      return checks.wave(*out), out
+
+    return jax.jit(jax.grad(loss, has_aux=True))(free)
+
+  want, got = run("scan"), run("pallas")
+  assert checks.relative(got[1], want[1]) <= checks.FORWARD
+  for name, x in want[0].items():
+    assert checks.relative(got[0][name], x) <= checks.GRADIENT, name
+
+  jaxpr = jax.make_jaxpr(functools.partial(call, "pallas"))(free).jaxpr
+  (kernel,) = _equations(jaxpr, "pallas_call", [])
+  shapes = [x.aval.shape for x in kernel.invars]
+  chunks = -(-length // 16)
+  padded = 32 if platform == "gpu" else wide
+  assert shapes.count((groups, chunks, 16, padded)) == 2
+  assert not shapes.count((groups, heads, chunks, 16, padded))
+
+
+@pytest.mark.parametrize(
   "resets", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
 def test_test_time_learning(resets, platform):
@@ -277,15 +343,16 @@ def test_layers_and_checkpoints(platform):
   assert checks.relative(got, want) <= checks.GRADIENT
 
 
-def _dots(jaxpr, found):
+def _equations(jaxpr, name, found):
+  """All equations of a primitive, inner ones too."""
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "dot_general":
+    if eqn.primitive.name == name:
       found.append(eqn)
     for value in eqn.params.values():
       for item in value if isinstance(value, (tuple, list)) else (value,):
         inner = getattr(item, "jaxpr", item)
         if hasattr(inner, "eqns"):
-          _dots(inner, found)
+          _equations(inner, name, found)
   return found
 
 
@@ -300,7 +367,8 @@ def test_precision_that_is_asked_for(op, dtype, platform):
     n: x if n in ("s", "log_decay") else x.astype(dtype) for n, x in c.items()
   }
   call = functools.partial(evaluate, op, form="pallas", chunk_size=16)
-  dots = _dots(jax.make_jaxpr(lambda c: call(c=c))(low).jaxpr, [])
+  jaxpr = jax.make_jaxpr(lambda c: call(c=c))(low).jaxpr
+  dots = _equations(jaxpr, "dot_general", [])
   kinds = set()
   for eqn in dots:
     operands = {str(x.aval.dtype) for x in eqn.invars}
@@ -396,6 +464,29 @@ def test_batch_and_heads_on_eight_devices():
     timeout=300,
   )  # fmt: skip
   assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("shape", [(5, 1), (1, 7), (1, 1), (5, 7)])
+def test_flags_in_triton(shape):
+  """The comparison that Triton cannot move before a broadcast: a mask still,
+  which nothing crosses, forward or backward."""
+  flags = jax.random.bernoulli(jax.random.key(0), 0.5, shape)
+  flags = flags.at[0, 0].set(True)
+  x = jnp.arange(35.0).reshape(5, 7) - 9
+  want = np.where(flags, x, 0.5)
+  x = np.where(np.broadcast_to(flags, x.shape), x, np.nan)
+  weights = jnp.arange(1.0, 36.0).reshape(5, 7)
+
+  def loss(x):
+    y = chunk.where(flags.astype(jnp.float32), x, 0.5)
+    return jnp.sum(weights * y), y
+
+  for context in (contextlib.nullcontext(), chunk.wide_flags()):
+    with context:
+      grad, y = jax.grad(loss, has_aux=True)(jnp.asarray(x))
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(grad, np.where(flags, weights, 0.0))
 
 
 @pytest.mark.slow

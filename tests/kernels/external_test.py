@@ -12,6 +12,11 @@ from memzoo.ops.attention import empty
 
 B, T, H, K, V = 2, 9, 2, 4, 3
 HAS_JLA = importlib.util.find_spec("jla") is not None
+HAS_TOKAMAX = importlib.util.find_spec("tokamax") is not None
+TOKAMAX = [
+  pytest.mark.parity,
+  pytest.mark.skipif(not HAS_TOKAMAX, reason="tokamax is missing"),
+]
 
 
 def draw(decay="scalar", values=V):
@@ -63,19 +68,31 @@ def test_jax_linear_attention_where_it_does_not_serve():
     )
 
 
-def test_cudnn():
-  """cuDNN's place in `attention`, with XLA's attention in it: a ring that
-  holds something, sinks, resets, gaps."""
-  c = draw(values=K)
-  q, k, v = (c[n][0, :, 0] for n in "qkv")
+@pytest.mark.parametrize(
+  "form, values",
+  [
+    ("cudnn", K),
+    pytest.param("tokamax", K, marks=TOKAMAX),
+    pytest.param("tokamax", V, marks=TOKAMAX),
+  ],
+)
+def test_attention(form, values):
+  """Theirs in the place of ours, with XLA's attention in it, mapped over heads:
+  a ring that holds something, sinks, resets, gaps."""
+  c = draw(values=values)
+  q, k, v = (jnp.moveaxis(c[n][0], 1, 0) for n in "qkv")
   mask = jnp.arange(T) != 4
   reset = jnp.arange(T) == 6
-  ring = empty(5, K, K)
-  ring, _ = ops.attention(ring, q[:3], k[:3], v[:3], sinks=1)
+  ring, _ = jax.vmap(
+    lambda q, k, v: ops.attention(empty(5, K, values), q, k, v, sinks=1)
+  )(q[:, :3], k[:, :3], v[:, :3])
 
   def run(form, **flags):
+    def one(ring, q, k, v):
+      return ops.attention(ring, q, k, v, sinks=1, implementation=form, **flags)
+
     def loss(q, k, v):
-      out = ops.attention(ring, q, k, v, sinks=1, implementation=form, **flags)
+      out = jax.vmap(one)(ring, q, k, v)
       return checks.wave(out[0].k, out[1]), out
 
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -83,7 +100,7 @@ def test_cudnn():
   for flags in ({}, dict(reset=reset, mask=mask)):
     want = run("scan", **flags)
     with kernels.interpret():
-      got = run("cudnn", **flags)
+      got = run(form, **flags)
     assert checks.relative(got, want) <= checks.FORWARD
 
 
@@ -94,3 +111,10 @@ def test_cudnn_where_it_does_not_serve():
     ops.attention(empty(5, K, V), q, k, v, implementation="cudnn")
   with kernels.interpret(), pytest.raises(NotImplementedError, match="K = V"):
     ops.attention(empty(5, K, V), q, k, v, implementation="cudnn")
+
+
+def test_tokamax_where_it_does_not_serve():
+  c = draw()
+  q, k, v = (c[n][0, :, 0] for n in "qkv")
+  with pytest.raises(NotImplementedError, match="missing|for GPUs"):
+    ops.attention(empty(5, K, V), q, k, v, implementation="tokamax")
