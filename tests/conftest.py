@@ -69,29 +69,49 @@ def git(*arguments):
   return done.stdout.split() if done.returncode == 0 else []
 
 
-def default_cells(names):
-  """Which cells the default tier tests: those that changed against main (on
-  main, in the last commit), and a sample that rotates with the commit."""
+# Folders of tests and the sources whose change makes the default tier run all
+# of them. It runs one module in `EVERY` of the others, which rotates.
+AREAS = {
+  "kernels": ("kernels/", "memzoo/targets", "tests/kernels/"),
+  "ops": ("memzoo/ops/", "tests/ops/"),
+  "tasks": ("memzoo/tasks/", "tests/tasks/"),
+}
+EVERY = 3
+
+
+def default_tier(names, modules):
+  """What the default tier tests of all that has many of its kind: whatever
+  changed against main (on main, in the last commit), and a sample of the rest
+  that rotates with the commit.
+
+  Args:
+    names: of cells.
+    modules: paths of test modules, below the root.
+
+  Returns:
+    (the cells that it tests, the modules that it leaves out), sets.
+  """
   head = git("rev-parse", "HEAD")
   if not head:
-    return set(names)
+    return set(names), set()
   base = git("merge-base", "HEAD", "main")
   base = "HEAD~1" if base in ([], head) else base[0]
-  changed = [pathlib.PurePath(p) for p in git("diff", "--name-only", base)]
-  changed += map(
-    pathlib.PurePath, git("ls-files", "--others", "--exclude-standard")
-  )
-  shared = (
-    "memzoo/core", "memzoo/ops", "tests/checks", "tests/conf",
-  )  # fmt: skip
-  wide = any(
-    str(path).startswith(shared) and path.suffix == ".py" for path in changed
-  )
-  stems = {path.stem.removesuffix("_test") for path in changed}
+  changed = git("diff", "--name-only", base)
+  changed += git("ls-files", "--others", "--exclude-standard")
+  changed = [path for path in changed if path.endswith(".py")]
+  shared = ("memzoo/core", "memzoo/ops", "tests/checks", "tests/conf")
+  wide = any(path.startswith(shared) for path in changed)
+  stems = {pathlib.PurePath(p).stem.removesuffix("_test") for p in changed}
   first = int(head[0][:8], 16)
   count = SHARED_SAMPLE if wide else SAMPLE
-  sample = {names[(first + n) % len(names)] for n in range(count)}
-  return sample | stems & set(names)
+  cells = {names[(first + n) % len(names)] for n in range(count)}
+  left_out = set()
+  for n, path in enumerate(sorted(modules)):
+    sources = AREAS.get(pathlib.PurePath(path).parent.name)
+    if sources and not any(c.startswith(sources) for c in changed):
+      if (first + n) % EVERY:
+        left_out.add(path)
+  return cells | stems & set(names), left_out
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -102,8 +122,10 @@ def pytest_collection_modifyitems(config, items):
   import memzoo
 
   names = list(memzoo.names())
-  whole = os.environ["MEMZOO_TEST_SAMPLE"] == "1"
-  chosen = default_cells(names) if whole else set(names)
+  modules = {str(item.path.relative_to(ROOT)) for item in items}
+  cells, left_out = set(names), set()
+  if os.environ["MEMZOO_TEST_SAMPLE"] == "1":
+    cells, left_out = default_tier(names, modules)
   for item in items:
     group = item.path.stem
     cell = group.removesuffix("_test")
@@ -112,7 +134,8 @@ def pytest_collection_modifyitems(config, items):
       cell = callspec.params["name"]
       group += "-" + cell
     item.add_marker(pytest.mark.xdist_group(group))
-    if cell in names and cell not in chosen:
+    module = str(item.path.relative_to(ROOT))
+    if module in left_out or (cell in names and cell not in cells):
       item.add_marker(pytest.mark.slow)
   if config.getoption("--slow"):
     return
