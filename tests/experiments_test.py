@@ -1,5 +1,6 @@
 """The programs of `experiments/`, as a user starts them."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,6 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+
+import memzoo
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = sorted((ROOT / "experiments").glob("*/*.flags"))
@@ -217,3 +220,32 @@ def test_wrong_flags(arguments, message):
   out = start(*arguments, ok=False)
   assert message in out
   assert "Traceback" not in out
+
+
+@pytest.mark.nans
+def test_stream_is_what_one_call_gives():
+  """And a memory that grows without bound is told."""
+  from experiments import stream
+
+  cell = memzoo.tiny("lru")
+  result = stream.measure(cell, steps=64, segment=8, prefix=16)
+  assert result["steps"] == 64 and result["finite"]
+  assert result["error"] < 1e-6 and result["largest"] < 100
+  assert result["state_size"] == memzoo.state_size(cell)
+
+  @dataclasses.dataclass(frozen=True)
+  class Growing(memzoo.Cell):
+    d_model: int = 2
+
+    def init(self, key):
+      return {}
+
+    def initial_state(self, params, key=None):
+      return jax.numpy.ones(self.d_model)
+
+    def step(self, params, state, x):
+      return 1e6 * state + x, x
+
+  result = stream.measure(Growing(), 64, 8, 16)
+  assert not result["finite"]
+  assert stream.row("growing", result)[2] == "NO"

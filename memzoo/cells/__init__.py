@@ -5,9 +5,16 @@ from memzoo.cells.hopfield.hopfield_lookup import (
 )
 from memzoo.cells.kv.window import Window as Window
 from memzoo.cells.matrix.gated_delta import GatedDelta as GatedDelta
+from memzoo.cells.matrix.gla import GLA as GLA
+from memzoo.cells.matrix.hgrn2 import HGRN2 as HGRN2
+from memzoo.cells.matrix.lightning_attention import (
+  LightningAttention as LightningAttention,
+)
 from memzoo.cells.matrix.linear_attention import (
   LinearAttention as LinearAttention,
 )
+from memzoo.cells.matrix.retnet import RetNet as RetNet
+from memzoo.cells.matrix.rwkv6 import RWKV6 as RWKV6
 from memzoo.cells.rnn.gru import GRU as GRU
 from memzoo.cells.rnn.lstm import LSTM as LSTM
 from memzoo.cells.slot.token_turing_machine import (
@@ -15,5 +22,6 @@ from memzoo.cells.slot.token_turing_machine import (
 )
 from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.mamba import Mamba as Mamba
+from memzoo.cells.ssm.mamba2 import Mamba2 as Mamba2
 from memzoo.cells.table.product_key import ProductKey as ProductKey
 from memzoo.cells.ttt.ttt_linear import TTTLinear as TTTLinear
