@@ -4,9 +4,17 @@ from memzoo.cells.hopfield.hopfield_lookup import (
   HopfieldLookup as HopfieldLookup,
 )
 from memzoo.cells.kv.window import Window as Window
+from memzoo.cells.matrix.delta_net import DeltaNet as DeltaNet
 from memzoo.cells.matrix.gated_delta import GatedDelta as GatedDelta
+from memzoo.cells.matrix.gated_delta2 import GatedDelta2 as GatedDelta2
+from memzoo.cells.matrix.gated_delta_product import (
+  GatedDeltaProduct as GatedDeltaProduct,
+)
 from memzoo.cells.matrix.gla import GLA as GLA
 from memzoo.cells.matrix.hgrn2 import HGRN2 as HGRN2
+from memzoo.cells.matrix.kimi_delta_attention import (
+  KimiDeltaAttention as KimiDeltaAttention,
+)
 from memzoo.cells.matrix.lightning_attention import (
   LightningAttention as LightningAttention,
 )
@@ -15,6 +23,7 @@ from memzoo.cells.matrix.linear_attention import (
 )
 from memzoo.cells.matrix.retnet import RetNet as RetNet
 from memzoo.cells.matrix.rwkv6 import RWKV6 as RWKV6
+from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7
 from memzoo.cells.rnn.gru import GRU as GRU
 from memzoo.cells.rnn.lstm import LSTM as LSTM
 from memzoo.cells.slot.token_turing_machine import (
