@@ -62,6 +62,7 @@ def op_groups(sizes: Sizes) -> Iterator[timing.Group]:
     for decay in ("no", "scalar", "per-channel"):
       yield matrix_group(op, decay, sizes)
     yield chunk_size_group(op, sizes)
+  yield matrix_group("diag_plus_rank_one", "per-channel", sizes)
   yield recurrence_group("real", sizes)
   yield recurrence_group("complex", sizes)
   yield selective_scan_group(sizes)
@@ -121,6 +122,9 @@ def _matrix_inputs(name, decay, sizes):
     gates["log_decay"] = -draw.uniform(0.001, 0.1, *lead, *channels)
   state = draw.normal(sizes.batch, sizes.heads, k, k)
   keys = draw.unit(*lead, k), draw.unit(*lead, k)
+  if name == "diag_plus_rank_one":  # as RWKV-7 has them
+    gates["a"] = -keys[1]
+    gates["b"] = draw.uniform(0.1, 0.9, *lead, 1) * keys[1]
   return state, *keys, draw.normal(*lead, k), gates
 
 

@@ -39,7 +39,7 @@ class Case(NamedTuple):
     batch: B.
     length: T; the number of queries of hopfield.
     heads: H; for a recurrence H · K is its width N.
-    key: K; D of a cell.
+    key: K; for a cell H · K is its width D.
     value: V; 0 for K.
     dtype: of the inputs; states, log-decays and weights are float32.
     slots: stored patterns M of hopfield; the mini-batch of gradient_step.
@@ -69,7 +69,8 @@ class Case(NamedTuple):
     """Its sizes, for people."""
     b, t, k = self.batch, self.length, self.key
     if self.op in CELLS:
-      return f"B={b} T={t} D={k}"
+      heads = f" H={self.heads}" if self.heads > 1 else ""
+      return f"B={b} T={t} D={self.heads * k}{heads}"
     if self.op == "hopfield":
       return f"N={t} M={self.slots} K={k}"
     if self.op == "linear_recurrence":
@@ -122,6 +123,7 @@ CASES = (
   _DELTA("scalar", heads=8, key=64, dtype="float32"),
   Case("hopfield", "", 1, 4096, 1, slots=65536, forms=("pallas", "dense")),
   Case("gru", "", 64, 1024, 1, 128, forms=("pallas", "scan")),
+  Case("lstm", "", 64, 1024, 8, 128, forms=("pallas", "scan")),
 )  # fmt: skip
 
 
@@ -152,6 +154,12 @@ def toys(cases: Iterable[Case]) -> list[Case]:
   return list(found.values())
 
 
+def cell_of(case: Case):
+  """The cell of a case."""
+  width = case.heads * case.key
+  return memzoo.make(case.op, d_model=width, num_heads=case.heads)
+
+
 def inputs(case: Case, key: jax.Array):
   """Random arguments in float32, (state, *rest), as the case's calls take
   them; `lowered` rounds what a case holds in its dtype."""
@@ -168,8 +176,7 @@ def inputs(case: Case, key: jax.Array):
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
 
   if case.op in CELLS:
-    cell = memzoo.make(case.op, d_model=k)
-    return cell.init(next(keys)), normal(b, t, k)
+    return cell_of(case).init(next(keys)), normal(b, t, h * k)
   if case.op == "hopfield":
     return unit(case.slots, k) * math.sqrt(k), normal(t, k)
   if case.op == "linear_recurrence":
@@ -218,7 +225,7 @@ def call(case: Case, form: str | None, *args):
   form = form or None
   more = {"chunk_size": int(size)} if size else {}
   if case.op in CELLS:
-    cell, (params, xs) = memzoo.make(case.op, d_model=case.key), args
+    cell, (params, xs) = cell_of(case), args
     run = lambda x: memzoo.scan(cell, params, None, x, implementation=form)
     return jax.vmap(run)(xs)
   if case.op == "hopfield":
@@ -334,8 +341,8 @@ def costs(case: Case, args, outputs, both: bool) -> tuple[float, float]:
     "linear_recurrence": 2 * n * k,
     "hopfield": 4 * case.length * case.slots * k,
     "attention": n * case.length * (k + v),
-    "lstm": 16 * case.tokens * k * k,
-    "gru": 12 * case.tokens * k * k,
+    "lstm": 8 * n * k * (case.heads + 1) * k,
+    "gru": 6 * n * k * (case.heads + 1) * k,
   }[case.op]
   size = sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves((args, outputs))

@@ -61,8 +61,8 @@ def draw(spec, key, length, dtype=None):
 class Subject:
   """A tiny cell with perturbed parameters, a warm state, and its cases."""
 
-  def __init__(self, name):
-    self.cell = cell = memzoo.tiny(name)
+  def __init__(self, name, **options):
+    self.cell = cell = memzoo.tiny(name, **options)
     keys = jax.random.split(jax.random.key(7), 6)
     params = cell.init(keys[0])
     noise = iter(jax.random.split(keys[1], len(jax.tree.leaves(params))))
@@ -417,3 +417,35 @@ def test_jit_changes_nothing(name, subject):
   with jax.disable_jit():
     eager = run(params, subject.state, xs)
   assert relative(eager, jax.jit(run)(params, subject.state, xs)) <= FORWARD
+
+
+# Options that change how every form computes; the equations they are held to
+# are in the tests of the cell.
+VARIANTS = [
+  ("gru", dict(num_heads=2)),
+  ("gru", dict(num_heads=3, reset_after=True)),
+  ("lstm", dict(num_heads=2)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,options", VARIANTS)
+def test_options_too(name, options, monkeypatch):
+  """Every property above, of a cell with other options than its tiny form."""
+  monkeypatch.setitem(_MEASURED, name, {})  # what is recorded is the tiny form
+  subject = Subject(name, **options)
+  assert subject.cell != memzoo.tiny(name)
+  test_step_form_is_the_definition(name, subject)
+  for form in ("step", *subject.cell.implementations):
+    if form != "step":
+      test_form_equals_step(name, form, subject)
+    for check in (
+      test_gradients_are_alive,
+      test_cut_anywhere,
+      test_reset_is_a_fresh_start,
+      test_mask_is_absence,
+      test_causal,
+      test_infinity_in_a_dead_segment,
+      test_one_sequence_few_tokens_and_half_precision,
+    ):
+      check(name, form, subject)

@@ -34,30 +34,36 @@ def cell_scan(
   First derivatives in reverse mode alone.
 
   The step sees a constant of two axes as a `Weight`: it enters products with a
-  vector, `x @ w` or `product(x, w)`, and may be cast and transposed before.
-  They are taken in the dtype of their operands and summed in float32; float32
-  keeps its digits. Everything else in the step is elementwise, or sums with
-  `keepdims=True`; on a GPU nothing is cut, joined or accumulated along an axis.
+  vector or with slots [M, N], `x @ w` or `product(x, w)`, and may be cast and
+  transposed before. They are taken in the dtype of their operands and summed in
+  float32; float32 keeps its digits. Everything else in the step is elementwise,
+  or a sum or softmax along one axis with `keepdims=True`; on a GPU nothing is
+  cut, joined or accumulated along an axis.
+
+  Slots meet vectors that are written as [1, N] (what all slots get) and [M, 1]
+  (a number for each), since a TPU does not move the axis of rows.
 
   Args:
-    step: (state, x, constants) -> (state, output), pytrees of vectors, for one
-      sequence and one step. It closes over no array, and the same function
-      serves every call, so that kernels are compiled once.
-    state: a pytree of floats [N], each.
-    inputs: a pytree of floats [T, N], each.
-    constants: a pytree of floats [N] or [N, M], each.
+    step: (state, x, constants) -> (state, output), pytrees of arrays of one
+      axis or more, for one sequence and one step. It closes over no array, and
+      the same function serves every call, so that kernels are compiled once.
+    state: a pytree of floats [...], each: vectors [N], slots [M, N].
+    inputs: a pytree of floats [T, ...], each.
+    constants: a pytree of floats: weights [N, M]; with one axis, or three and
+      more, what enters elementwise.
     reset: bool [T]; True: the state is `fresh` before step t.
     mask: bool [T]; False: no step t; the outputs there are zero.
     fresh: a pytree like the state, zeros by default.
-    inert: zeros may stand behind the last entry of every vector and weight:
-      the step gives zeros there, and what stands before does not change. A
-      GPU's kernel takes powers of two, and pads with it.
+    inert: zeros may stand behind the last entry of every vector and weight,
+      and of every last axis: the step gives zeros there, and what stands
+      before does not change. A GPU's kernel takes powers of two, and pads with
+      it; other axes, as of slots, are never padded.
     segments: of how many the backward keeps the first state alone, and
       computes the other states again; None for 1 where the states of all
       steps need no more memory than the inputs, else about √T.
 
   Returns:
-    (state, outputs [T, N]).
+    (state, outputs [T, ...]).
 
   Raises:
     ValueError: on a step whose new state is not like the old, and on leaves
@@ -67,19 +73,19 @@ def cell_scan(
       kernel's device does not take.
   """
   name = platform()
-  _check("state", state, (1,))
-  _check("inputs", inputs, (2,))
-  _check("constants", constants, (1, 2))
-  _check("fresh", fresh, (1,))
+  _check("state", state, 1)
+  _check("inputs", inputs, 2)
+  _check("constants", constants, 1)
+  _check("fresh", fresh, 1)
   leaves = jax.tree.leaves
   trees = [*map(jax.tree.structure, (state, inputs, constants))]
   parts = [leaves(state), leaves(inputs), leaves(constants), leaves(fresh)]
   if not parts[0] or not parts[1] or not parts[1][0].shape[0]:
     raise NotImplementedError("the kernel takes a state and one step or more")
   length = parts[1][0].shape[0]
-  bytes_of = lambda xs, n: sum(n * x.shape[-1] * x.dtype.itemsize for x in xs)
   if segments is None:
-    small = bytes_of(parts[0], length) <= bytes_of(parts[1], length)
+    states = sum(length * x.nbytes for x in parts[0])
+    small = states <= sum(x.nbytes for x in parts[1])
     segments = 1 if small else max(1, math.isqrt(length))
   segments = min(segments, length)
   spec = lambda xs, axis: tuple(Spec(x.shape[axis:], x.dtype) for x in xs)
@@ -94,10 +100,10 @@ def cell_scan(
     interpret=interpreting(),
   )
   rows = make()
-  widths = [y.shape[0] for y in rows.plan.outputs]
+  shapes = [y.shape for y in rows.plan.outputs]
   if name == "gpu":
     parts = [
-      [_padded(x, x.ndim - (n == 1), inert) for x in xs]
+      [_padded(x, n == 1, n == 2 and x.ndim == 2, inert) for x in xs]
       for n, xs in enumerate(parts)
     ]
     rows = make()
@@ -115,23 +121,28 @@ def cell_scan(
     code = jnp.ones((length,), jnp.float32)
     code += 0.0 if reset is None else reset.astype(jnp.float32)
     code *= 1.0 if mask is None else mask.astype(jnp.float32)
-    flags = [code[:, None]]
+    flags = [code.reshape(-1, *(1 for _ in range(n))) for n in rows.plan.ranks]
   if reset is None:
     parts[3] = []
-  over = lambda x: jnp.pad(x, [(0, pad), (0, 0)])
+
+  def over(x):
+    return jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))[None, :, None]
+
   weights = [x[None] for x in parts[2] if x.ndim == 2]
+  vectors = [x for x in parts[2] if x.ndim != 2] + parts[3]
   _DEVICES[name].fit(weights)
   new, out = _scan(
     rows,
     segments,
     weights,
     [x[None, None] for x in parts[0]],
-    [over(x)[None, :, None] for x in parts[1]],
-    [over(x)[None, :, None] for x in flags],
-    [x[None, None] for x in (*parts[2], *parts[3]) if x.ndim == 1],
+    [over(x) for x in parts[1]],
+    [over(x) for x in flags],
+    [x[None, None] for x in vectors],
   )
-  new = [x[0, 0, : y.shape[0]] for x, y in zip(new, leaves(state))]
-  out = [x[0, :length, 0, :n] for x, n in zip(out, widths)]
+  cut = lambda shape: tuple(slice(n) for n in shape)
+  new = [x[0, 0, *cut(y.shape)] for x, y in zip(new, leaves(state))]
+  out = [x[0, :length, 0, *cut(shape)] for x, shape in zip(out, shapes)]
   return trees[0].unflatten(new), rows.plan.tree.unflatten(out)
 
 
@@ -149,12 +160,13 @@ def platform() -> str:
   )
 
 
-def _check(what, tree, axes):
+def _check(what, tree, least):
   for x in jax.tree.leaves(tree):
-    if x.ndim not in axes:
+    if x.ndim < least:
+      axes = "one axis" if least == 1 else "two axes"
       raise ValueError(
-        f"cell_scan: {what} must be arrays of {' or '.join(map(str, axes))} "
-        f"axes, got {x.dtype} {x.shape}"
+        f"cell_scan: {what} must be arrays of {axes} or more, got {x.dtype} "
+        f"{x.shape}"
       )
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise NotImplementedError(
@@ -162,106 +174,127 @@ def _check(what, tree, axes):
       )
 
 
-def _padded(x, axes: int, inert: bool):
-  """x with its last `axes` axes as wide as a GPU's kernel takes them."""
-  least, pads = (16 if axes == 2 else 1), [(0, 0)] * (x.ndim - axes)
-  for n in x.shape[-axes:]:
+def _padded(x, timed: bool, weight: bool, inert: bool):
+  """x with its axes, but for that of time, as a GPU's kernel takes them."""
+  pads = [(0, 0)] * timed
+  for axis in range(timed, x.ndim):
+    n, least = x.shape[axis], 16 if weight else 1
     wide = max(least, 1 << max(n - 1, 0).bit_length())
-    if inert and (axes == 2 or n > 1):
+    padded = inert and (weight or (axis == x.ndim - 1 and n > 1))
+    if padded:
       wide = max(wide, 16)
-    if n != wide and (not inert or n == 1):
+    if n != wide and not padded:
       raise NotImplementedError(
-        "a GPU's kernel takes vectors that are a power of two wide and weights "
-        f"of {least} or more, got {x.shape[-axes:]}; it pads a step that is "
-        "`inert`"
+        "a GPU's kernel takes axes that are a power of two wide, those of "
+        f"weights 16 or more, got {x.shape[timed:]}; it pads weights and last "
+        "axes where the step is `inert`"
       )
     pads.append((0, wide - n))
   return jnp.pad(x, pads)
 
 
 def _folding(call):
-  """`call` on (weights, lists of rows), natively batched under `jax.vmap`.
+  """`call` on (weights, held, over), natively batched under `jax.vmap`.
 
-  Weights are [H, N, M] and rows [H, ..., B, N]. A mapped axis of weights goes
-  into H, one of rows alone into B.
+  Weights are [H, N, M], what is held [H, B, ...] and what goes over time
+  [H, T, B, ...]; the results are (held, over) too. A mapped axis of weights
+  goes into H, one of rows alone into B.
   """
   mapped = custom_vmap(call)
 
   @mapped.def_vmap
-  def rule(size, batched, *args):
+  def rule(size, batched, weights, held, over):
     heads = any(jax.tree.leaves(batched[0]))
-    spread = lambda x, b: x if b else jnp.broadcast_to(x, (size,) + x.shape)
-    weights, *rows = args
+
+    def merge(at, x, is_batched):
+      if not is_batched:
+        x = jnp.broadcast_to(x, (size,) + x.shape)
+      x = jnp.moveaxis(x, 0, at)
+      return x.reshape(x.shape[:at] + (-1,) + x.shape[at + 2 :])
+
+    def part(at, x):
+      x = x.reshape(x.shape[:at] + (size, -1) + x.shape[at + 1 :])
+      return jnp.moveaxis(x, at, 0)
+
+    first, second = (0, 0) if heads else (1, 2)
     if heads:
-      merge = lambda x: x.reshape((-1,) + x.shape[2:])
-      part = lambda x: x.reshape((size, -1) + x.shape[1:])
-      weights = jax.tree.map(merge, jax.tree.map(spread, weights, batched[0]))
-    else:
-
-      def merge(x):
-        x = jnp.moveaxis(x, 0, -3)
-        return x.reshape(x.shape[:-3] + (-1,) + x.shape[-1:])
-
-      def part(x):
-        x = x.reshape(x.shape[:-2] + (size, -1) + x.shape[-1:])
-        return jnp.moveaxis(x, -3, 0)
-
-    rows = jax.tree.map(merge, jax.tree.map(spread, rows, list(batched[1:])))
-    out = jax.tree.map(part, mapped(weights, *rows))
+      weights = jax.tree.map(partial(merge, 0), weights, batched[0])
+    held, over = mapped(
+      weights,
+      jax.tree.map(partial(merge, first), held, batched[1]),
+      jax.tree.map(partial(merge, second), over, batched[2]),
+    )
+    out = (
+      jax.tree.map(partial(part, first), held),
+      jax.tree.map(partial(part, second), over),
+    )
     return out, jax.tree.map(lambda _: True, out)
 
   return mapped
 
 
-def _whole(device, call, weights, *rows, zeros: int = 0):
+def _whole(device, rows, call, zeros, weights, held, over):
   """`call` on whole blocks of rows.
 
   The rows that are added repeat the last one, so that what is finite stays so;
-  in the last `zeros` lists they are zero.
+  with `zeros` they are zero in the last lists, which are of gradients.
   """
-  count = rows[0][0].shape[-2]
-  pad = -count % device.block_rows(count)
+  count = over[0][0].shape[2]
+  pad = -count % device.block_rows(rows, count)
   if not pad:
-    return call(weights, *rows)
+    return call(weights, held, over)
 
-  def more(x, mode):
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)], mode=mode)
+  def more(x, at, mode):
+    pads = [(0, pad if n == at else 0) for n in range(x.ndim)]
+    return jnp.pad(x, pads, mode=mode)
 
-  at = len(rows) - zeros
-  full = [
-    [more(x, "edge" if n < at else "constant") for x in xs]
-    for n, xs in enumerate(rows)
-  ]
-  out = call(weights, *full)
-  return jax.tree.map(lambda x: x[..., :count, :], out)
+  def full(lists, at):
+    modes = ["edge"] * len(lists)
+    if zeros:
+      modes[-1] = "constant"
+    return [[more(x, at, mode) for x in xs] for xs, mode in zip(lists, modes)]
+
+  held, over = call(weights, full(held, 1), full(over, 2))
+  return (
+    jax.tree.map(lambda x: x[:, :count], held),
+    jax.tree.map(lambda x: x[:, :, :count], over),
+  )
 
 
-def _forward(rows: Rows, keep: bool, weights, *args):
-  """`loop.forward`, for any number of rows, under any `jax.vmap`."""
+def _forward(rows: Rows, keep: bool, weights, state, inputs, flags, vectors):
+  """`loop.forward`, for any number of rows, under any `jax.vmap`: (state,
+  outputs, kept)."""
   device = _DEVICES[rows.platform]
   call = partial(loop.forward, device, rows, keep)
-  return _folding(lambda w, *xs: _whole(device, call, w, *xs))(weights, *args)
+  (new,), (outputs, kept) = _folding(
+    partial(_whole, device, rows, call, False)
+  )(weights, [state, vectors], [inputs, flags])
+  return new, outputs, kept
 
 
-def _backward(rows: Rows, weights, *args):
-  """`loop.backward`, for any number of rows, under any `jax.vmap`; in the
-  place of the products' gradients, those of the weights in float32."""
+def _backward(
+  rows: Rows, weights, kept, inputs, flags, vectors, d_state, d_outputs
+):  # fmt: skip
+  """`loop.backward`, for any number of rows, under any `jax.vmap`: the
+  gradients of weights (in float32), state, inputs and vectors."""
   device = _DEVICES[rows.platform]
   call = partial(loop.backward, device, rows)
-  *grads, operands, products = _folding(
-    lambda w, *xs: _whole(device, call, w, *xs, zeros=2)
-  )(weights, *args)
+  held, over = _folding(partial(_whole, device, rows, call, True))(
+    weights, [vectors, d_state], [kept, inputs, flags, d_outputs]
+  )
+  (d_state, d_vectors), (d_inputs, operands, products) = held, over
   totals = [jnp.zeros(w.shape, jnp.float32) for w in weights]
+  flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
   for tap, g in zip(rows.plan.taps, products):
     total = jnp.einsum(
-      "htbn,htbm->hmn" if tap.flipped else "htbn,htbm->hnm",
-      operands[tap.operand],
-      g,
+      "hbn,hbm->hmn" if tap.flipped else "hbn,hbm->hnm",
+      flat(operands[tap.operand]),
+      flat(g),
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.float32,
     )
     totals[tap.weight] += total
-  return totals, *grads
+  return totals, d_state, d_inputs, d_vectors
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

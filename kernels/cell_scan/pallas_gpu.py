@@ -13,6 +13,7 @@ from memzoo.ops import chunk
 ROWS = 16  # in a block: as few as its matrix products take
 MANY = 32  # where there are more blocks than a GPU has processors
 PROCESSORS = 132
+TILE = 2048  # entries of a block's state that four warps hold well
 # Bytes of all weights, which every step reads: what a processor keeps close.
 WEIGHTS = 128 * 2**10
 # Three products of matrix units in place of one without: float32's digits.
@@ -28,19 +29,20 @@ class Grid(NamedTuple):
 
   @classmethod
   def of(cls, rows, weights, inputs):
-    """For inputs [H, T, B, N], B whole blocks of rows."""
-    del rows
+    """For inputs [H, T, B, ...], B whole blocks of rows."""
+    size = block_rows(rows, inputs[0].shape[2])
     width = max((w.shape[2] for w in weights), default=0)
-    return cls(
-      block_rows(inputs[0].shape[2]),
-      inputs[0].shape[1],
-      8 if width >= 128 else 4,
-    )
+    tile = size * max(math.prod(s.shape) for s in rows.state)
+    wide = width >= 128 or tile > TILE
+    return cls(size, inputs[0].shape[1], 8 if wide else 4)
 
 
-def block_rows(count: int) -> int:
-  """Rows in a block."""
-  return ROWS if count <= ROWS * PROCESSORS else MANY
+def block_rows(rows, count: int) -> int:
+  """Rows in a block: with slots in the state, as few as the products take."""
+  if all(len(s.shape) == 1 for s in rows.state):
+    return ROWS if count <= ROWS * PROCESSORS else MANY
+  slots = [math.prod(tap.shape[:-1]) for tap in rows.plan.taps]
+  return max([-(-ROWS // n) for n in slots], default=1)
 
 
 def fit(weights) -> None:
@@ -49,8 +51,8 @@ def fit(weights) -> None:
   if need > WEIGHTS:
     raise NotImplementedError(
       f"the weights take {need} bytes on chip, and the kernel has room for "
-      f"{WEIGHTS}: make them smaller, bfloat16, or block-diagonal (map heads "
-      "by jax.vmap)"
+      f"{WEIGHTS}: make them smaller, bfloat16, or block-diagonal (a cell's "
+      "num_heads; jax.vmap over heads)"
     )
 
 
@@ -65,20 +67,26 @@ def zeros(totals):
   return [jnp.zeros(total.shape, total.dtype) for total in totals]
 
 
-def call(grid, kernel, name, args, outs, *, weights, back, interpret):
+def call(
+  grid, kernel, name, weights, held, over, outs_held, outs_over, *, back,
+  interpret,
+):  # fmt: skip
   """One program for each head and block of rows: as `pallas_tpu.call`."""
   del back  # the loop is in the kernel
-  _, length, rows, _ = next(x.shape for x in args if len(x.shape) == 4)
-
-  def spec(x):
-    if len(x.shape) == 4:
-      block = (None, length, grid.rows, x.shape[3])
-      return pl.BlockSpec(block, lambda h, j: (h, 0, j, 0))
-    block = (None, grid.rows, x.shape[2])
-    return pl.BlockSpec(block, lambda h, j: (h, j, 0))
+  heads, length, rows = over[0].shape[:3]
 
   def whole(x):
     return pl.BlockSpec((None, *x.shape[1:]), lambda h, j: (h, 0, 0))
+
+  def of_rows(x):
+    rest = x.shape[2:]
+    index = lambda h, j: (h, j, *(0 for _ in rest))
+    return pl.BlockSpec((None, grid.rows, *rest), index)
+
+  def of_steps(x):
+    rest = x.shape[3:]
+    index = lambda h, j: (h, 0, j, *(0 for _ in rest))
+    return pl.BlockSpec((None, length, grid.rows, *rest), index)
 
   def traced(*refs):
     if interpret:
@@ -88,11 +96,11 @@ def call(grid, kernel, name, args, outs, *, weights, back, interpret):
 
   return pl.pallas_call(
     traced,
-    grid=(args[-1].shape[0], rows // grid.rows),
-    in_specs=[*map(whole, args[:weights]), *map(spec, args[weights:])],
-    out_specs=[*map(spec, outs)],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
+    grid=(heads, rows // grid.rows),
+    in_specs=[*map(whole, weights), *map(of_rows, held), *map(of_steps, over)],
+    out_specs=[*map(of_rows, outs_held), *map(of_steps, outs_over)],
+    out_shape=[*outs_held, *outs_over],
     compiler_params=plt.CompilerParams(num_warps=grid.warps, num_stages=1),
     interpret=interpret,
     name=name,
-  )(*args)
+  )(*weights, *held, *over)

@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -24,24 +23,38 @@ class Grid(NamedTuple):
 
   @classmethod
   def of(cls, rows, weights, inputs):
-    """For inputs [H, T, B, N], B whole blocks of rows."""
+    """For inputs [H, T, B, ...], B whole blocks of rows."""
     del weights
-    size = block_rows(inputs[0].shape[2])
-    width = sum(
-      2 * math.prod(s.shape) + 2 * 128  # narrow ones take 128 lanes
-      for s in (*rows.state, *rows.inputs, *rows.plan.outputs)
-    )
-    width += sum(tap.width for tap in rows.plan.taps)
-    most = min(TILE, max(BLOCKS // (8 * width), 1)) // size
+    size = block_rows(rows, inputs[0].shape[2])
+    most = min(TILE, max(BLOCKS // (8 * _width(rows)), 1)) // size
     steps = math.gcd(STEPS, inputs[0].shape[1])
     while steps > max(most, 1):
       steps //= 2
     return cls(size, steps)
 
 
-def block_rows(count: int) -> int:
+def _width(rows) -> int:
+  """Entries that the blocks have for a row and step."""
+
+  def entries(shape):
+    *lead, last = shape
+    if not lead:
+      return last + 128  # narrow ones take 128 lanes
+    lead[-1] += -lead[-1] % 8
+    return math.prod(lead) * (last + -last % 128)
+
+  leaves = *rows.state, *rows.inputs, *rows.plan.outputs
+  width = sum(2 * entries(s.shape) for s in leaves)
+  taps = [tap.shape for tap in rows.plan.taps]
+  return width + sum(s[-1] if len(s) == 1 else entries(s) for s in taps)
+
+
+def block_rows(rows, count: int) -> int:
   """Rows in a block: a multiple of 16, of blocks that are as full as can be."""
-  blocks = -(-count // ROWS)
+  most = ROWS
+  if any(len(s.shape) > 1 for s in rows.state):
+    most = min(ROWS, max(16, BLOCKS // (8 * _width(rows)) // 16 * 16))
+  blocks = -(-count // most)
   rows = -(-count // blocks)
   return rows + -rows % 16
 
@@ -52,7 +65,8 @@ def fit(weights) -> None:
   if need > WEIGHTS:
     raise NotImplementedError(
       f"the weights take {need} bytes on chip, and the kernel has room for "
-      f"{WEIGHTS}: make them smaller, or block-diagonal (map heads by jax.vmap)"
+      f"{WEIGHTS}: make them smaller, or block-diagonal (a cell's num_heads; "
+      "jax.vmap over heads)"
     )
 
 
@@ -78,44 +92,50 @@ def zeros(totals):
   return [total[...] for total in totals]
 
 
-def call(grid, kernel, name, args, outs, *, weights, back, interpret):
+def call(
+  grid, kernel, name, weights, held, over, outs_held, outs_over, *, back,
+  interpret,
+):  # fmt: skip
   """One program for each head, block of rows and block of steps, in order.
 
   Args:
     grid: how it is cut.
     kernel: over references.
     name: of the kernel.
-    args: arrays [H, N, M] (as many as `weights` says), [H, B, N] and
-      [H, T, B, N].
-    outs: the shapes of the others.
-    weights: how many.
+    weights: arrays [H, N, M].
+    held: arrays [H, B, ...].
+    over: arrays [H, T, B, ...].
+    outs_held, outs_over: the shapes of the results, likewise.
     back: whether steps are taken from the last to the first.
     interpret: run by Pallas' interpreter.
   """
-  _, length, rows, _ = next(x.shape for x in args if len(x.shape) == 4)
-  heads, count = args[-1].shape[0], length // grid.steps
+  heads, length, rows = over[0].shape[:3]
+  count = length // grid.steps
   step = (lambda i: count - 1 - i) if back else (lambda i: i)
-
-  def spec(x):
-    if len(x.shape) == 4:
-      block = (None, grid.steps, grid.rows, x.shape[3])
-      return pl.BlockSpec(block, lambda h, j, i: (h, step(i), j, 0))
-    block = (None, grid.rows, x.shape[2])
-    return pl.BlockSpec(block, lambda h, j, i: (h, j, 0))
 
   def whole(x):
     return pl.BlockSpec((None, *x.shape[1:]), lambda h, j, i: (h, 0, 0))
 
+  def of_rows(x):
+    rest = x.shape[2:]
+    index = lambda h, j, i: (h, j, *(0 for _ in rest))
+    return pl.BlockSpec((None, grid.rows, *rest), index)
+
+  def of_steps(x):
+    rest = x.shape[3:]
+    index = lambda h, j, i: (h, step(i), j, *(0 for _ in rest))
+    return pl.BlockSpec((None, grid.steps, grid.rows, *rest), index)
+
   return pl.pallas_call(
     kernel,
     grid=(heads, rows // grid.rows, count),
-    in_specs=[*map(whole, args[:weights]), *map(spec, args[weights:])],
-    out_specs=[*map(spec, outs)],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
+    in_specs=[*map(whole, weights), *map(of_rows, held), *map(of_steps, over)],
+    out_specs=[*map(of_rows, outs_held), *map(of_steps, outs_over)],
+    out_shape=[*outs_held, *outs_over],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=MEMORY,
     ),
     interpret=interpret,
     name=name,
-  )(*args)
+  )(*weights, *held, *over)

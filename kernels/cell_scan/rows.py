@@ -1,10 +1,10 @@
 """What the kernels of both kinds of device share: one step over R rows.
 
-Everything is a tile [R, N], a row for each sequence. A weight [N, M] is one for
-all rows and enters products alone: over rows they are products of matrices, and
-its gradient is one product over all steps and rows, taken outside the kernel. A
-constant of one axis is a row for each sequence too, since its gradient is then
-a row's, and summed outside.
+Everything is a tile [R, N] or, of slots, [R, M, N]: a row for each sequence. A
+weight [N, M] is one for all rows and enters products alone: over rows they are
+products of matrices, and its gradient is one product over all steps and rows,
+taken outside the kernel. A constant that is no weight is a row for each
+sequence too, since its gradient is then a row's, and summed outside.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,8 @@ class Weight:
     return Weight(self._meet, self.index, shape, self.dtype, not self.flipped)
 
   def product(self, x):
-    """x [N] @ self in this dtype, float32."""
-    if x.shape != self.shape[:1]:
+    """x [..., N] @ self in this dtype, float32."""
+    if x.shape[-1:] != self.shape[:1]:
       raise ValueError(
         f"cell_scan: a weight {self.shape} meets a vector of {self.shape[0]}, "
         f"got {x.dtype} {x.shape}"
@@ -58,6 +58,8 @@ class Weight:
     return self.product(x).astype(jnp.result_type(x.dtype, self.dtype))
 
   def __matmul__(self, x):
+    if x.ndim != 1:
+      raise TypeError(f"x @ w alone where x is {x.dtype} {x.shape}")
     return self.T.__rmatmul__(x)
 
   def __getitem__(self, key):
@@ -65,7 +67,7 @@ class Weight:
 
 
 def product(x, w):
-  """x [N] @ w [N, M] with both in w's dtype, summed and returned in float32.
+  """x [..., N] @ w [N, M] in w's dtype, summed and returned in float32.
 
   What a step writes where its weights are of a lower precision than its state.
   """
@@ -82,20 +84,20 @@ class Spec(NamedTuple):
 
 
 class Tap(NamedTuple):
-  """One product in a step: rows [R, N] of an operand with a weight [N, M].
+  """One product in a step: rows [R, ..., N] of an operand with a weight [N, M].
 
   Attributes:
     weight: which of the weights.
     flipped: whether it is transposed.
     operand: which of the step's distinct operands.
-    width: M.
+    shape: [..., M] of the product.
     dtype: of both in the product.
   """
 
   weight: int
   flipped: bool
   operand: int
-  width: int
+  shape: tuple[int, ...]
   dtype: jnp.dtype
 
 
@@ -106,12 +108,14 @@ class Plan(NamedTuple):
     outputs: the specs of its outputs, and their tree.
     taps: its products with weights, in order.
     operands: the specs of what enters them.
+    ranks: how many axes state, inputs and outputs have, each number once.
   """
 
   outputs: tuple[Spec, ...]
   tree: Any
   taps: tuple[Tap, ...]
   operands: tuple[Spec, ...]
+  ranks: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +152,10 @@ class Rows:
 
     Args:
       weights: [N, M] each.
-      state, inputs, vectors: [R, N] each.
-      flags: [[R, 1]] or []: 0 for no input, 1 for one, 2 for one after a
-        reset.
+      state, inputs, vectors: [R, ...] each.
+      flags: [R, 1, ...] with as many axes after the first as each of
+        `plan.ranks` says, or []: 0 for no input, 1 for one, 2 for one after
+        a reset.
     """
     call = lambda *args: self._call(weights, flags, None, *args)[:2]
     return jax.vjp(call, state, inputs, vectors)[0]
@@ -163,7 +168,9 @@ class Rows:
       gradient of a weight is the sum of operandᵀ d_product over its products.
     """
     rows = state[0].shape[0]
-    taps = [jnp.zeros((rows, tap.width), jnp.float32) for tap in self.plan.taps]
+    taps = [
+      jnp.zeros((rows, *tap.shape), jnp.float32) for tap in self.plan.taps
+    ]
 
     def call(taps, *args):
       new, outputs, operands = self._call(weights, flags, taps, *args)
@@ -179,11 +186,15 @@ class Rows:
     old = state
     count = len(self.state) if self.fresh else 0
     vectors, fresh = _cut(vectors, len(vectors) - count)
-    for flag in flags:
-      inputs = [chunk.where(flag, x, jnp.zeros_like(x)) for x in inputs]
+    # One flag for each number of axes: none is given another shape here.
+    flag = {1 + n: f for n, f in zip(self.plan.ranks, flags)}
+    there = lambda x, y: chunk.where(flag[x.ndim], x, y)
+    if flags:
+      inputs = [there(x, jnp.zeros_like(x)) for x in inputs]
       fresh = fresh or [jnp.zeros_like(s) for s in state]
       after = [f.astype(s.dtype) for f, s in zip(fresh, state)]
-      state = [chunk.where(flag - 1.0, f, s) for f, s in zip(after, state)]
+      anew = lambda f, s: chunk.where(flag[s.ndim] - 1.0, f, s)
+      state = [anew(f, s) for f, s in zip(after, state)]
 
     def one(state, inputs, vectors, taps):
       operands, left = [], None if taps is None else list(taps)
@@ -197,9 +208,9 @@ class Rows:
       return *self._step(meet, state, inputs, vectors), operands
 
     new, outputs, operands = jax.vmap(one)(state, inputs, vectors, taps)
-    for flag in flags:
-      new = [chunk.where(flag, n, o) for n, o in zip(new, old)]
-      outputs = [chunk.where(flag, y, jnp.zeros_like(y)) for y in outputs]
+    if flags:
+      new = [there(n, o) for n, o in zip(new, old)]
+      outputs = [there(y, jnp.zeros_like(y)) for y in outputs]
     return new, outputs, operands
 
   def _step(self, meet, state, inputs, vectors):
@@ -227,9 +238,9 @@ def _plan(rows: Rows) -> Plan:
 
   def meet(x, weight):
     at = _put(operands, x)
-    width = weight.shape[1]
-    taps.append(Tap(weight.index, weight.flipped, at, width, weight.dtype))
-    return jnp.zeros((width,), jnp.float32)
+    shape = (*x.shape[:-1], weight.shape[1])
+    taps.append(Tap(weight.index, weight.flipped, at, shape, weight.dtype))
+    return jnp.zeros(shape, jnp.float32)
 
   def one(*args):
     taps.clear()
@@ -237,15 +248,15 @@ def _plan(rows: Rows) -> Plan:
     new, outputs = rows._trees(meet, *args)
     return new, outputs, list(operands)
 
-  vectors = [c for c in struct(rows.constants) if len(c.shape) == 1]
+  vectors = [c for c in struct(rows.constants) if len(c.shape) != 2]
   state, inputs = struct(rows.state), struct(rows.inputs)
   try:
     new, outputs, entered = jax.eval_shape(one, state, inputs, vectors)
   except TypeError as error:
     raise NotImplementedError(
-      "in a kernel a constant of two axes enters products with a vector alone, "
-      "`x @ w` or `product(x, w)`, and what is cut from it is a constant of "
-      f"its own: {error}"
+      "in a kernel a constant of two axes enters products alone, `x @ w` or "
+      "`product(x, w)`, and what is cut from it is a constant of its own: "
+      f"{error}"
     ) from error
   spec = lambda xs: tuple(Spec(x.shape, jnp.dtype(x.dtype)) for x in xs)
   like = rows.trees[0].unflatten(state)
@@ -256,13 +267,40 @@ def _plan(rows: Rows) -> Plan:
       f"cell_scan: step must return a state like the one it got, {like}; got "
       f"{new}"
     )
+  if rows.platform == "gpu":
+    _refuse(jax.make_jaxpr(one)(state, inputs, vectors).jaxpr)
   leaves, tree = jax.tree.flatten(outputs)
   for y in leaves:
-    if len(y.shape) != 1:
+    if not y.shape:
       raise ValueError(
-        f"cell_scan: a step's outputs must be vectors, got {y.dtype} {y.shape}"
+        "cell_scan: a step's outputs must be arrays of one axis or more, got "
+        f"{y.dtype} {y.shape}"
       )
-  return Plan(spec(leaves), tree, tuple(taps), spec(entered))
+  parts = *rows.state, *rows.inputs, *leaves
+  ranks = tuple(sorted({len(x.shape) for x in parts}))
+  return Plan(spec(leaves), tree, tuple(taps), spec(entered), ranks)
+
+
+# What Pallas' way to Triton does not lower for arrays of R rows.
+_ABSENT = {
+  "dot_general": "products of two arrays of a row (weights enter products)",
+  "concatenate": "arrays that are joined",
+}
+
+
+def _refuse(jaxpr):
+  """`NotImplementedError` where a step has what a GPU's kernel does not."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in _ABSENT:
+      raise NotImplementedError(
+        f"a GPU's kernel has no {_ABSENT[eqn.primitive.name]}, and the step "
+        f"has {eqn.primitive.name} of {[str(v.aval) for v in eqn.invars]}"
+      )
+    is_jaxpr = lambda x: hasattr(x, "eqns")
+    for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+      inner = getattr(x, "jaxpr", x)
+      if is_jaxpr(inner):
+        _refuse(inner)
 
 
 def _put(items, x) -> int:
@@ -284,10 +322,14 @@ def _cut(items, at: int):
 
 
 def _dot(a, b):
-  """a @ b in their dtype, summed in float32; float32 keeps its digits."""
+  """a [..., N] @ b [N, M] in their dtype, as one product of matrices summed in
+  float32; float32 keeps its digits."""
+  flat = a if a.ndim < 3 else a.reshape(-1, a.shape[-1])
   if a.dtype == jnp.float32:
-    return chunk.matmul(a, b)
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    y = chunk.matmul(flat, b)
+  else:
+    y = jnp.matmul(flat, b, preferred_element_type=jnp.float32)
+  return y if a.ndim < 3 else y.reshape(*a.shape[:-1], b.shape[1])
 
 
 @custom_vmap

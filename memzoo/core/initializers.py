@@ -40,3 +40,10 @@ def log_uniform(key, shape, low: float, high: float):
   return jnp.exp(
     jax.random.uniform(key, shape, minval=math.log(low), maxval=math.log(high))
   )
+
+
+def orthogonal_blocks(key, width: int, heads: int):
+  """Orthogonal blocks [width / heads, width / heads], one under the other."""
+  n = width // heads
+  keys = [key] if heads == 1 else jax.random.split(key, heads)
+  return jnp.concatenate([orthogonal(k, (n, n)) for k in keys])

@@ -13,11 +13,22 @@ def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
 
+def matrix(u):
+  """The recurrent matrix [D, D] of one gate whose blocks [N, N] stand one
+  under the other in u [D, N]."""
+  n = u.shape[1]
+  full = np.zeros((u.shape[0], u.shape[0]))
+  for at in range(0, u.shape[0], n):
+    full[at : at + n, at : at + n] = u[at : at + n]
+  return full
+
+
 def paper(params, xs):
-  """Eq. 5 to 8, with biases; with c, PyTorch's form of the candidate."""
+  """Eq. 5 to 8, with biases; with c, PyTorch's form of the candidate. Heads:
+  arXiv:2412.07752, block-diagonal recurrent matrices."""
   p = {k: np.asarray(v, np.float64) for k, v in params.items()}
   w_r, w_z, w = np.split(p["w"], 3, axis=1)
-  u_r, u_z, u = np.split(p["u"], 3, axis=1)
+  u_r, u_z, u = map(matrix, np.split(p["u"], 3, axis=1))
   b_r, b_z, b = np.split(p["b"], 3)
   h, ys = np.zeros(w.shape[1]), []
   for x in np.asarray(xs, np.float64):
@@ -32,10 +43,13 @@ def paper(params, xs):
   return h, np.stack(ys)
 
 
-@pytest.mark.parametrize("reset_after", (False, True))
-def test_paper_equation(reset_after):
-  cell = memzoo.tiny("gru", reset_after=reset_after)
+@pytest.mark.parametrize(
+  "reset_after, num_heads", [(False, 1), (True, 1), (False, 2), (True, 3)]
+)
+def test_paper_equation(reset_after, num_heads):
+  cell = memzoo.tiny("gru", reset_after=reset_after, num_heads=num_heads)
   params = cell.init(jax.random.key(0))
+  assert params["u"].shape == (6, 3 * 6 // num_heads)
   assert ("c" in params) == reset_after
   for n, name in enumerate(params):
     noise = jax.random.normal(jax.random.key(n + 1), params[name].shape)
@@ -45,6 +59,11 @@ def test_paper_equation(reset_after):
   run = lambda form: memzoo.scan(cell, params, None, xs, implementation=form)
   for state, ys in jax.jit(lambda: [run("step"), run("scan")])():
     assert checks.relative((state.h, ys), want) < checks.FORWARD
+
+
+def test_heads_must_divide_the_width():
+  with pytest.raises(ValueError, match="num_heads=4 must divide d_model=6"):
+    memzoo.tiny("gru", num_heads=4)
 
 
 def test_reset_after_changes_the_function():

@@ -46,6 +46,33 @@ def plain(state, x, constants):
   return state, u.astype(jnp.float32) @ state
 
 
+def slots(memory, x, constants):
+  """Slots that are written and read by what they hold: Graves et al. 2014,
+  arXiv:1410.5401, with a gate of the write, and slot keys k(i) = M(i) W.
+
+    K[k, k(i)] = k · k(i) / (‖k‖ ‖k(i)‖)            (6), ‖k‖ = 1
+    w(i) = g softmax_i(β K[k, k(i)])                (5), gated
+    M̃(i) = M(i) (1 − w(i) e)                        (3)
+    M(i) = M̃(i) + w(i) a                            (4)
+    r = Σ_i softmax_i(β K[k, k(i)]) M(i)            (2)
+  """
+  w, place = constants
+  weights = focus(memory, x, w, place[0])
+  given = weights * x["gate"]
+  memory = memory * (1 - given * x["erase"]) + given * x["add"]
+  weights = focus(memory, x, w, place[0])
+  return memory, jnp.sum(weights * memory, axis=0, keepdims=True)
+
+
+def focus(memory, x, w, place):
+  """(5) and (6): a number for each slot, [M, 1]; `place` tells apart slots
+  that hold the same."""
+  keys = product(memory, w) + place
+  square = jnp.sum(keys * keys, axis=1, keepdims=True)
+  scores = jnp.sum(keys * x["key"], axis=1, keepdims=True)
+  return jax.nn.softmax(4 * scores * jax.lax.rsqrt(square + 1e-6), axis=0)
+
+
 class Inputs(NamedTuple):
   x: Any
   reset: jax.Array | None
@@ -77,6 +104,24 @@ def draw(seed, batch, length, dtype=np.float32, of=step):
   weights = normal(N, N) / 4, normal(N, M) / 4, normal(N)
   weights = (*(jnp.asarray(w, dtype) for w in weights[:2]), weights[2])
   return (state, inputs, weights, (normal(N), normal(M))), reset, mask
+
+
+def draw_slots(seed, batch, length, count=8, width=16, dtype=np.float32):
+  """(memory [M, D], inputs, constants, fresh), reset, mask of `slots`."""
+  r = np.random.default_rng(seed)
+  normal = lambda *shape: r.normal(size=shape).astype(np.float32)
+  uniform = lambda *shape: r.random(shape).astype(np.float32)
+  key = normal(batch, length, 1, width)
+  inputs = dict(
+    key=key / np.linalg.norm(key, axis=-1, keepdims=True),
+    gate=uniform(batch, length, 1, 1),
+    erase=uniform(batch, length, 1, width),
+    add=normal(batch, length, 1, width),
+  )
+  weights = jnp.asarray(normal(width, width) / 4, dtype)
+  constants = weights, normal(1, count, width)
+  args = normal(batch, count, width), inputs, constants, normal(count, width)
+  return args, r.random((batch, length)) < 0.2, r.random((batch, length)) < 0.8
 
 
 def pulled(run, args, *flags):
@@ -135,6 +180,34 @@ def test_equals_the_step_loop(batch, length, flags, platform, monkeypatch):
   agree(got, want)
   for leaf in jax.tree.leaves(got[1][3]):  # of the fresh state
     assert np.any(leaf) == (reset is not None)
+
+
+SLOTS, SLOTS_LOOP = (functools.partial(f, slots) for f in (cell_scan, loop))
+
+
+@pytest.mark.parametrize(
+  "batch, length, flags, segments, platform",
+  [
+    (5, 7, "rm", None, "gpu"), (19, 9, "r", 1, "tpu"),
+    slow(1, 1, "", None, "tpu"), slow(5, 7, "rm", None, "tpu"),
+    slow(19, 9, "r", 1, "gpu"), slow(2, 33, "m", 3, "tpu"),
+  ],
+)  # fmt: skip
+def test_a_state_of_slots(
+  batch, length, flags, segments, platform, monkeypatch
+):
+  """A state [M, D]: values, and the gradients of the memory at the start and
+  after a reset, of inputs, the weight and what is added to each slot's key."""
+  monkeypatch.setattr(pallas_tpu, "ROWS", 16)
+  args, reset, mask = draw_slots(batch + length, batch, length)
+  reset = reset if "r" in flags else None
+  mask = mask if "m" in flags else None
+  call = functools.partial(SLOTS, segments=segments)
+  got = on(platform, pulled, batched(call), args, reset, mask)
+  want = pulled(batched(SLOTS_LOOP), args, reset, mask)
+  agree(got, want)
+  for leaf in jax.tree.leaves(want[1][:3]):
+    assert np.any(leaf)
 
 
 @pytest.mark.parametrize("platform", ["tpu", slow("gpu")])
@@ -277,6 +350,8 @@ def test_rows_are_apart():
 
 CELLS = {
   "lstm": {}, "gru": {}, "gru_after": dict(reset_after=True),
+  "gru_heads": dict(num_heads=2),
+  "gru_after_heads": dict(num_heads=3, reset_after=True),
 }  # fmt: skip
 
 
@@ -285,6 +360,8 @@ CELLS = {
   [
     ("lstm", "gpu"), slow("gru_after", "tpu"), slow("lstm", "tpu"),
     slow("gru", "tpu"), slow("gru", "gpu"), slow("gru_after", "gpu"),
+    slow("gru_heads", "tpu"), slow("gru_heads", "gpu"),
+    slow("gru_after_heads", "tpu"),
   ],
 )  # fmt: skip
 def test_cells(name, platform):
@@ -325,7 +402,7 @@ def test_what_is_refused():
   with kernels.interpret():
     with pytest.raises(NotImplementedError, match="must be floats"):
       run(state, x.astype(np.int32), u)
-    with pytest.raises(ValueError, match="inputs must be arrays of 2 axes"):
+    with pytest.raises(ValueError, match="inputs must be arrays of two axes"):
       run(state, x[0], u)
     with pytest.raises(NotImplementedError, match="enters products"):
       cell_scan(lambda s, x, u: (s + u[0], s), state, x, u)
@@ -335,13 +412,29 @@ def test_what_is_refused():
       cell_scan(lambda s, x, u: (s @ u, s), state, x, np.ones((32, 16), "f4"))
     with pytest.raises(ValueError, match="a state like the one"):
       cell_scan(lambda s, x, u: ((s, s), s), state, x, u)
-    with pytest.raises(ValueError, match="outputs must be vectors"):
-      cell_scan(lambda s, x, u: (s, s[:, None]), state, x, u)
+    with pytest.raises(ValueError, match="outputs must be arrays of one axis"):
+      cell_scan(lambda s, x, u: (s, s[0]), state, x, u)
+    with pytest.raises(NotImplementedError, match="x @ w alone"):
+      cell_scan(lambda s, x, u: (s, u @ s[:, None]), state, x, u)
     with pytest.raises(NotImplementedError, match="one step or more"):
       run(state, x[:0], u)
     with memzoo.platform("gpu"):
       with pytest.raises(NotImplementedError, match="a power of two"):
         run(state[:6], x[:, :6], u[:6, :6])
+      (memory, inputs, constants, _), *_ = draw_slots(0, 1, 3, count=5)
+      inputs = jax.tree.map(lambda x: x[0], inputs)
+      pairs = lambda s, x, c: (s, jnp.einsum("mi,mj->ij", s, s))
+      with pytest.raises(
+        NotImplementedError, match="no products of two arrays"
+      ):
+        cell_scan(pairs, memory[0, :4], inputs)
+      joined = lambda s, x, c: (s, jnp.concatenate([s, x["key"]]))
+      with pytest.raises(
+        NotImplementedError, match="no arrays that are joined"
+      ):
+        cell_scan(joined, memory[0, :4], inputs)
+      with pytest.raises(NotImplementedError, match=r"got \(5, 16\)"):
+        SLOTS(memory[0], inputs, constants, inert=True)
       cell = memzoo.make("lstm", d_model=256)
       spec = jax.eval_shape(cell.init, jax.random.key(0))
       call = lambda p, x: memzoo.scan(cell, p, None, x, implementation="pallas")
@@ -481,8 +574,8 @@ def struct(*shape, dtype="float32"):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def compiled_cell(name, batch, length, width, dtype):
-  cell = memzoo.make(name, d_model=width)
+def compiled_cell(name, batch, length, width, dtype, **options):
+  cell = memzoo.make(name, d_model=width, **options)
   params = jax.eval_shape(cell.init, jax.random.key(0))
 
   def loss(params, xs, reset, mask):
@@ -494,6 +587,14 @@ def compiled_cell(name, batch, length, width, dtype):
   flags = struct(batch, length, dtype="bool")
   xs = struct(batch, length, width, dtype=dtype)
   return loss, (params, xs, flags, flags), (0, 1)
+
+
+def compiled_machine(batch, length, width, dtype):
+  """Compiles for a TPU alone: its step multiplies what a row holds."""
+  cell = "token_turing_machine"
+  return compiled_cell(
+    cell, batch, length, width, dtype, memory_size=16, summary="query"
+  )
 
 
 def compiled_linear(batch, length, width, dtype):
@@ -508,9 +609,34 @@ def compiled_linear(batch, length, width, dtype):
   return loss, (struct(batch, width, dtype=dtype), x, x), (0, 1, 2)
 
 
+def compiled_slots(batch, length, count, width, dtype):
+  args, reset, mask = draw_slots(0, batch, length, count, width)
+
+  def loss(memory, inputs, constants, fresh, reset, mask):
+    constants = constants[0].astype(dtype), constants[1]
+    out = batched(SLOTS)(memory, inputs, constants, fresh, reset, mask)
+    return checks.wave(*jax.tree.leaves(out))
+
+  args = jax.tree.map(
+    lambda x: struct(*x.shape, dtype=x.dtype), (*args, reset, mask)
+  )
+  return loss, args, (0, 1, 2, 3)
+
+
 COMPILED = {
   "lstm": functools.partial(compiled_cell, "lstm", 64, 1024, 128, "bfloat16"),
   "gru_odd": functools.partial(compiled_cell, "gru", 70, 777, 60, "float32"),
+  "lstm_heads": functools.partial(
+    compiled_cell, "lstm", 64, 1024, 1024, "bfloat16", num_heads=8
+  ),
+  "gru_heads_odd": functools.partial(
+    compiled_cell, "gru", 70, 777, 300, "float32", num_heads=5
+  ),
+  "slots": functools.partial(compiled_slots, 32, 256, 64, 64, "float32"),
+  "slots_low": functools.partial(compiled_slots, 7, 99, 16, 128, "bfloat16"),
+  "token_turing_machine": functools.partial(
+    compiled_machine, 32, 48, 32, "float32"
+  ),
   "linear": functools.partial(compiled_linear, 8, 4096, 1024, "float32"),
   "complex": functools.partial(compiled_linear, 8, 4096, 1024, "complex64"),
   "linear_odd": functools.partial(compiled_linear, 3, 1000, 100, "float32"),
@@ -526,6 +652,10 @@ def test_compiles_for_the_device(case, target, no_cache):
   if target.missing():
     pytest.skip(f"{target.name} needs {', '.join(target.missing())}")
   loss, args, wrt = COMPILED[case]()
+  if case == "token_turing_machine" and target.platform == "gpu":
+    with pytest.raises(NotImplementedError, match="no products of two arrays"):
+      target.compile(loss, *args)
+    return
   for fn in (loss, jax.grad(loss, wrt)):
     report = target.compile(fn, *args)
     assert report.ok, report.message

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import cell, initializers
-from memzoo.core.linear import dot
+from memzoo.core.linear import dot, dot_blocks
 from memzoo.core.registry import register
 from memzoo.kernels.cell_scan import cell_scan, product
 from memzoo.ops import arguments
@@ -38,16 +38,22 @@ class LSTM(cell.Cell):
     c_t = f_t ⊙ c_{t−1} + i_t ⊙ g_t
     h_t = o_t ⊙ tanh(c_t) ,  y_t = h_t
 
+  With `num_heads` H each U is block-diagonal: units hN to (h + 1)N − 1, of
+  N = D / H, are head h, and see the h_{t−1} of their own head alone.
+
   State: h [D] float32 and c [D] float32, both start at zero.
-  Params: w [D, 4D] (i, f, g, o), u [D, 4D], b [4D], whose part b_f starts at
-    1 and the rest at 0.
-  Forms: step O(D²) a token; scan hoists W x, the same order of work; pallas
-    keeps U on chip, in x's dtype.
+  Params: w [D, 4D] (i, f, g, o), u [D, 4N] (rows: the units, head after head;
+    columns: i, f, g, o of the row's own head), b [4D], whose part b_f starts
+    at 1 and the rest at 0.
+  Forms: step O(D² + DN) a token; scan hoists W x, the same order of work;
+    pallas keeps the U of one head on chip, in x's dtype, heads side by side.
   Differs: from 1997, the forget gate of Gers et al. 2000; tanh for the
     paper's squashing functions 4σ(x) − 2 and 2σ(x) − 1; blocks of one cell;
     exact gradients in time for its truncated ones; every gate sees h alone,
     not the other gates. From 2000, the start of b_f at 1 (Jozefowicz et al.
-    2015) for values of the task. No peepholes, which came later.
+    2015) for values of the task. No peepholes, which came later. Heads as in
+    Beck et al. 2024 (arXiv:2405.04517, the sLSTM) and Pöppel et al. 2024
+    (arXiv:2412.07752); of the sLSTM nothing else.
   Paper: Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", Neural
     Computation 9(8), section 4 and appendix A.1; Gers, Schmidhuber and
     Cummins 2000, "Learning to Forget: Continual Prediction with LSTM", Neural
@@ -55,20 +61,22 @@ class LSTM(cell.Cell):
   """
 
   d_model: int
+  num_heads: int = 1
 
   implementations: ClassVar[tuple[str, ...]] = ("scan", "pallas")
 
   def __post_init__(self):
-    arguments.check_positive(self, "d_model")
+    arguments.check_positive(self, "d_model", "num_heads")
+    arguments.check_divides(self, "num_heads", "d_model")
 
   def init(self, key) -> dict[str, Any]:
-    d = self.d_model
+    d, heads = self.d_model, self.num_heads
     key_w, *keys = jax.random.split(key, 5)
     zeros, ones = jnp.zeros((d,)), jnp.ones((d,))
     return {
       "w": initializers.glorot_uniform(key_w, (d, 4 * d)),
       "u": jnp.concatenate(
-        [initializers.orthogonal(k, (d, d)) for k in keys], axis=1
+        [initializers.orthogonal_blocks(k, d, heads) for k in keys], axis=1
       ),
       "b": jnp.concatenate([zeros, ones, zeros, zeros]),
     }
@@ -84,15 +92,8 @@ class LSTM(cell.Cell):
   def parallel(self, params, state, xs, reset, mask, implementation):
     gates = _project(params, xs)
     if implementation == "pallas":
-      u = params["u"].astype(xs.dtype)
-      return cell_scan(
-        _step_by_gate,
-        state,
-        Gates(*jnp.split(gates, 4, axis=1)),
-        Gates(*jnp.split(u, 4, axis=1)),
-        reset=reset,
-        mask=mask,
-        inert=True,
+      return self._fused(
+        params["u"].astype(xs.dtype), state, gates, reset, mask
       )
     inputs = Inputs(gates, reset, mask)
 
@@ -102,6 +103,21 @@ class LSTM(cell.Cell):
 
     state, hs = arguments.scan_steps(step, state, inputs, None)
     return state, hs.astype(xs.dtype)
+
+  def _fused(self, u, state, gates, reset, mask):
+    """One kernel over all heads, which are mapped."""
+    heads = self.num_heads
+    cut = lambda x: x.reshape(*x.shape[:-1], heads, -1)
+    run = lambda state, x, u: cell_scan(
+      _step_by_gate, state, x, u, reset=reset, mask=mask, inert=True
+    )
+    u = u.reshape(heads, -1, u.shape[1])
+    state, ys = jax.vmap(run, (0, 1, 0), (0, 1))(
+      jax.tree.map(cut, state),
+      Gates(*map(cut, jnp.split(gates, 4, axis=1))),
+      Gates(*jnp.split(u, 4, axis=2)),
+    )
+    return jax.tree.map(jnp.ravel, state), ys.reshape(-1, self.d_model)
 
 
 class Inputs(NamedTuple):
@@ -116,7 +132,7 @@ def _project(params, x):
 
 
 def _recur(params, state, gates):
-  gates = gates + state.h @ params["u"].astype(jnp.float32)
+  gates = gates + dot_blocks(state.h, params["u"].astype(jnp.float32), 4)
   return _update(state, *jnp.split(gates, 4))
 
 
@@ -133,7 +149,7 @@ class Gates(NamedTuple):
 
 
 def _step_by_gate(state, x: Gates, u: Gates):
-  """The step on W x + b, each gate with a weight of its own [D, D]."""
+  """One head's step on W x + b, each gate with a weight of its own [N, N]."""
   h = state.h.astype(u.i.dtype)
   state = _update(state, *(a + product(h, w) for a, w in zip(x, u)))
   return state, state.h.astype(h.dtype)

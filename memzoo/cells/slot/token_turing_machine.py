@@ -1,16 +1,18 @@
 """Token Turing machine."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from memzoo.cells import encoder
 from memzoo.core import cell, initializers
-from memzoo.core.linear import dot
 from memzoo.core.registry import register
-from memzoo.ops import arguments, norm
+from memzoo.kernels.cell_scan import cell_scan
+from memzoo.ops import arguments
 
 
 class State(NamedTuple):
@@ -20,10 +22,10 @@ class State(NamedTuple):
 class Inputs(NamedTuple):
   """What an input brings whatever the memory holds, for `_recur`."""
 
-  read: jax.Array  # [..., D] the input with its read location
-  read_logits: jax.Array  # [..., R]
-  write: jax.Array  # [..., D] the same with its write location
-  write_logits: jax.Array  # [..., M]
+  read: jax.Array  # [..., 1, D] the input with its read location
+  read_logits: jax.Array  # [..., 1, R]
+  write: jax.Array  # [..., 1, D] the same with its write location
+  write_logits: jax.Array  # [..., 1, M]
   reset: jax.Array | None = None
   mask: jax.Array | None = None
 
@@ -59,7 +61,9 @@ class TokenTuringMachine(cell.Cell):
     w2 [B, k]}; of the encoder location [R, D], layer_0 …, norm_scale,
     norm_bias [D]; of the head out_w [D, D], out_b [D].
   Forms: step and scan O((M + R)(R + M + B) D + L R D²) a token, in order; scan
-    hoists the input's share of both summaries.
+    hoists the input's share of both summaries, and keeps the memories alone
+    for the backward, which takes each step again; pallas, on a TPU, keeps the
+    params and the memory on chip.
   Differs: one input token a step (the paper's are the tokens of a frame), and
     y_t is read from the mean of the r outputs (the paper's head is the task's).
     No MLP-Mixer, no dropout; q, k, v and α's last layer have no biases.
@@ -77,7 +81,7 @@ class TokenTuringMachine(cell.Cell):
   num_heads: int = 4
   mlp_dim: int = 128
 
-  implementations: ClassVar[tuple[str, ...]] = ("scan",)
+  implementations: ClassVar[tuple[str, ...]] = ("scan", "pallas")
 
   def __post_init__(self):
     arguments.check_positive(
@@ -96,8 +100,11 @@ class TokenTuringMachine(cell.Cell):
       "read": self._init_summary(keys[0], m + 1, r),
       "write": self._init_summary(keys[1], m + 1 + r, m),
       "location": 0.02 * jax.random.normal(keys[2], (r, d)),
-      **{f"layer_{n}": self._init_layer(k) for n, k in enumerate(keys[4:])},
-      **_init_norm((d,)),
+      **{
+        f"layer_{n}": encoder.init_layer(k, d, self.mlp_dim)
+        for n, k in enumerate(keys[4:])
+      },
+      **encoder.init_norm((d,)),
       "out_w": initializers.glorot_uniform(keys[3], (d, d)),
       "out_b": jnp.zeros((d,)),
     }
@@ -107,94 +114,74 @@ class TokenTuringMachine(cell.Cell):
     params = {"location": 0.02 * jax.random.normal(key, (places, d))}
     if self.summary == "query":
       return params | {"queries": jax.random.normal(key_s, (k, d))}
-    return params | _init_norm((d,)) | _init_mlp(key_s, d, self.summary_dim, k)
-
-  def _init_layer(self, key):
-    d, (key, *keys) = self.d_model, jax.random.split(key, 5)
-    maps = [initializers.glorot_uniform(k, (d, d)) for k in keys]
-    return {
-      "qkv": jnp.concatenate(maps[:3], axis=1),
-      "out_w": maps[3],
-      "out_b": jnp.zeros((2, d)),  # of the attention, of the MLP
-      **(_init_norm((2, d)) | _init_mlp(key, d, self.mlp_dim, d)),
-    }
+    mlp = encoder.init_mlp(key_s, d, self.summary_dim, k)
+    return params | encoder.init_norm((d,)) | mlp
 
   def initial_state(self, params, key=None) -> State:
     return State(jnp.zeros((self.memory_size, self.d_model), jnp.float32))
 
   def step(self, params, state, x):
-    state, y = self._recur(params, state, self._project(params, x))
-    return state, y.astype(x.dtype)
+    constants = encoder.plain(params)
+    state, y = self._recur(state, self._project(constants, x), constants)
+    return state, y[0].astype(x.dtype)
 
   def parallel(self, params, state, xs, reset, mask, implementation):
-    inputs = self._project(params, xs)._replace(reset=reset, mask=mask)
-    step = lambda s, i: self._recur(params, s, i)
+    constants = encoder.plain(params)
+    inputs = self._project(constants, xs)
+    if implementation == "pallas":
+      state, ys = cell_scan(
+        self._recur, state, inputs, constants, reset=reset, mask=mask
+      )
+      return state, ys[:, 0].astype(xs.dtype)
+    # A step makes many times the floats of its memory: to keep them for the
+    # backward takes longer than to compute them again.
+    step = jax.checkpoint(
+      lambda s, i: self._recur(s, i, constants), prevent_cse=False
+    )
+    inputs = inputs._replace(reset=reset, mask=mask)
     state, ys = arguments.scan_steps(step, state, inputs, None)
-    return state, ys.astype(xs.dtype)
+    return state, ys[:, 0].astype(xs.dtype)
 
-  def _project(self, params, x) -> Inputs:
-    out = []
-    for p in (params["read"], params["write"]):
-      token = x + p["location"][self.memory_size].astype(x.dtype)
+  def _project(self, constants, x) -> Inputs:
+    out, m = [], self.memory_size
+    for p in (constants["read"], constants["write"]):
+      token = x[..., None, :] + p["location"][0, m : m + 1].astype(x.dtype)
       out += [token, self._logits(p, token)]
     return Inputs(*(z.astype(jnp.float32) for z in out))
 
-  def _recur(self, params, state, inputs: Inputs):
-    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    m, read, write = self.memory_size, params["read"], params["write"]
-    held = state.memory + read["location"][:m]
+  def _recur(self, state, inputs: Inputs, p):
+    """One step, in what a kernel has: y [1, D]."""
+    m, read, write = self.memory_size, p["read"], p["write"]
+    held = state.memory + read["location"][0, :m]
     z = self._summarise(read, held, inputs.read, inputs.read_logits)
-    o = self._process(params, z)
-    new = jnp.concatenate([state.memory, o])
-    new += jnp.concatenate([write["location"][:m], write["location"][m + 1 :]])
-    memory = self._summarise(write, new, inputs.write, inputs.write_logits)
-    return State(memory), _affine(o.mean(0), params["out_w"], params["out_b"])
+    o, location = self._process(p, z), write["location"][0]
+    new = [state.memory + location[:m], o + location[m + 1 :]]
+    memory = self._summarise(
+      write, jnp.concatenate(new), inputs.write, inputs.write_logits
+    )
+    y = jnp.mean(o, axis=0, keepdims=True)
+    return State(memory), encoder.affine(y, p["out_w"], p["out_b"])
 
   def _summarise(self, p, tokens, token, logits):
-    """S_k of tokens [N, D] and one more, with its logits [k]: [k, D]."""
-    logits = jnp.concatenate([self._logits(p, tokens), logits[None]])
-    tokens = jnp.concatenate([tokens, token[None]])
-    return jax.nn.softmax(logits, axis=0).T @ tokens
+    """S_k of tokens [N, D] and one more [1, D], with its logits: [k, D]."""
+    many = self._logits(p, tokens)
+    top = jnp.maximum(jnp.max(many, axis=0, keepdims=True), logits)
+    top = jax.lax.stop_gradient(top)
+    many, one = jnp.exp(many - top), jnp.exp(logits - top)
+    total = jnp.sum(many, axis=0, keepdims=True) + one
+    mix = functools.partial(jnp.einsum, "nk,nd->kd")
+    return mix(many / total, tokens) + mix(one / total, token)
 
   def _logits(self, p, tokens):
     """tokens [..., D] -> [..., k], before the softmax over tokens."""
     if self.summary == "query":
-      return dot(tokens, p["queries"].T) / math.sqrt(self.d_model)
-    h = norm.layer_norm(tokens, p["norm_scale"], p["norm_bias"], 1e-6)
-    return dot(_hidden(h, p), p["w2"])
+      return encoder.dot(tokens, p["queries"].T) / math.sqrt(self.d_model)
+    h = encoder.hidden(encoder.layer_norm(tokens, p), p)
+    return encoder.dot(h, p["w2"])
 
-  def _process(self, params, z):
+  def _process(self, p, z):
     """Z [R, D] -> O [R, D]."""
-    z = z + params["location"]
-    for p in (params[f"layer_{n}"] for n in range(self.num_layers)):
-      scale, bias, out_b = p["norm_scale"], p["norm_bias"], p["out_b"]
-      h = norm.layer_norm(z, scale[0], bias[0], eps=1e-6)
-      z = z + _affine(self._attend(h, p), p["out_w"], out_b[0])
-      h = _hidden(norm.layer_norm(z, scale[1], bias[1], eps=1e-6), p)
-      z = z + _affine(h, p["w2"], out_b[1])
-    return norm.layer_norm(z, params["norm_scale"], params["norm_bias"], 1e-6)
-
-  def _attend(self, h, p):
-    qkv = dot(h, p["qkv"]).reshape(h.shape[0], 3, self.num_heads, -1)
-    q, k, v = jnp.moveaxis(qkv, 1, 0)
-    scores = jnp.einsum("qhc,khc->hqk", q, k) / math.sqrt(q.shape[-1])
-    out = jnp.einsum("hqk,khc->qhc", jax.nn.softmax(scores, axis=-1), v)
-    return out.reshape(h.shape)
-
-
-def _init_norm(shape):
-  return {"norm_scale": jnp.ones(shape), "norm_bias": jnp.zeros(shape)}
-
-
-def _init_mlp(key, width, hidden, out):
-  keys, weights = jax.random.split(key), initializers.glorot_uniform
-  w1, w2 = weights(keys[0], (width, hidden)), weights(keys[1], (hidden, out))
-  return {"w1": w1, "b1": jnp.zeros((hidden,)), "w2": w2}
-
-
-def _hidden(x, p):
-  return jax.nn.gelu(_affine(x, p["w1"], p["b1"]))
-
-
-def _affine(x, w, b):
-  return dot(x, w) + b.astype(x.dtype)
+    z = z + p["location"][0]
+    for n in range(self.num_layers):
+      z = encoder.layer(z, p[f"layer_{n}"], self.num_heads)
+    return encoder.layer_norm(z, p)

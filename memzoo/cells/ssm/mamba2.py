@@ -1,6 +1,7 @@
 """Mamba-2."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -52,10 +53,11 @@ class Mamba2(cell.Cell):
     y_t = h_tᵀ C_t + D x_t                          (2b)
     out = W_out RMSNorm(y_t ⊙ silu(z))              figure 6, section 7
 
-  E = expand D channels in H = E / P heads of P = head_dim. B and C come in G =
-  num_groups groups, each for H / G heads (with G = 1 all heads share them:
-  multi-value attention), and the norm runs over each group's channels. As
-  attention q = C, k = B, v = Δ x.
+  E = expand D channels in H = E / P heads of P = head_dim, by default 64 or the
+  largest divisor of it that divides E. B and C come in G = num_groups groups,
+  each for H / G heads (with G = 1 all heads share them: multi-value attention),
+  and the norm runs over each group's channels. As attention q = C, k = B,
+  v = Δ x.
 
   State: h [H, N, P] and conv [W − 1, E + 2GN], float32, from zero.
   Params: in [D, 2E + 2GN + H] (z, x, B, C, Δ), conv [W, E + 2GN], conv_bias
@@ -75,7 +77,7 @@ class Mamba2(cell.Cell):
   d_model: int
   d_state: int = 128
   expand: float = 2.0
-  head_dim: int = 64
+  head_dim: int | None = None
   num_groups: int = 1
   conv_size: int = 4
   dt_min: float = 1e-3
@@ -86,14 +88,16 @@ class Mamba2(cell.Cell):
 
   def __post_init__(self):
     arguments.check_positive(
-      self, "d_model", "d_state", "head_dim", "num_groups", "conv_size"
+      self, "d_model", "d_state", "num_groups", "conv_size"
     )
     if self.expand <= 0 or self.expand * self.d_model % 1:
       raise ValueError(
         f"Mamba2: expand · d_model must be a positive whole number, got "
         f"expand={self.expand!r}, d_model={self.d_model!r}"
       )
-    arguments.check_divides(self, "head_dim", "d_inner")
+    if self.head_dim is not None:
+      arguments.check_positive(self, "head_dim")
+      arguments.check_divides(self, "head_dim", "d_inner")
     arguments.check_divides(self, "num_groups", "num_heads")
     if not 0 < self.dt_min <= self.dt_max:
       raise ValueError(
@@ -109,7 +113,12 @@ class Mamba2(cell.Cell):
   @property
   def num_heads(self) -> int:
     """H."""
-    return self.d_inner // self.head_dim
+    return self.d_inner // self.head_width
+
+  @property
+  def head_width(self) -> int:
+    """P: head_dim, by default 64, or its largest divisor that divides E."""
+    return self.head_dim or math.gcd(64, self.d_inner)
 
   @property
   def _widths(self) -> tuple[int, int, int]:
@@ -138,7 +147,7 @@ class Mamba2(cell.Cell):
     }
 
   def initial_state(self, params, key=None) -> State:
-    shape = (self.num_heads, self.d_state, self.head_dim)
+    shape = (self.num_heads, self.d_state, self.head_width)
     return State(jnp.zeros(shape, jnp.float32), conv_empty(params["conv"]))
 
   def step(self, params, state, x):
@@ -171,7 +180,7 @@ class Mamba2(cell.Cell):
     e, gn, _ = self._widths
     x, b, c = jnp.split(jax.nn.silu(xbc), [e, e + gn], axis=-1)
     lead, g = x.shape[:-1], self.num_groups
-    x = x.reshape(lead + (-1, self.head_dim))
+    x = x.reshape(lead + (-1, self.head_width))
     b, c = (
       jnp.repeat(y.reshape(lead + (g, -1)), self.num_heads // g, axis=-2)
       for y in (b, c)
