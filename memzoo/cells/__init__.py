@@ -10,17 +10,24 @@ from memzoo.cells.matrix.gated_delta2 import GatedDelta2 as GatedDelta2
 from memzoo.cells.matrix.gated_delta_product import (
   GatedDeltaProduct as GatedDeltaProduct,
 )
+from memzoo.cells.matrix.gated_slot_attention import (
+  GatedSlotAttention as GatedSlotAttention,
+)
 from memzoo.cells.matrix.gla import GLA as GLA
 from memzoo.cells.matrix.hgrn2 import HGRN2 as HGRN2
 from memzoo.cells.matrix.kimi_delta_attention import (
   KimiDeltaAttention as KimiDeltaAttention,
 )
+from memzoo.cells.matrix.lightnet import LightNet as LightNet
 from memzoo.cells.matrix.lightning_attention import (
   LightningAttention as LightningAttention,
 )
 from memzoo.cells.matrix.linear_attention import (
   LinearAttention as LinearAttention,
 )
+from memzoo.cells.matrix.longhorn import Longhorn as Longhorn
+from memzoo.cells.matrix.mesa_net import MesaNet as MesaNet
+from memzoo.cells.matrix.mlstm import MLSTM as MLSTM
 from memzoo.cells.matrix.retnet import RetNet as RetNet
 from memzoo.cells.matrix.rwkv6 import RWKV6 as RWKV6
 from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7
