@@ -18,7 +18,6 @@ from memzoo.cells.matrix.hgrn2 import HGRN2 as HGRN2
 from memzoo.cells.matrix.kimi_delta_attention import (
   KimiDeltaAttention as KimiDeltaAttention,
 )
-from memzoo.cells.matrix.lightnet import LightNet as LightNet
 from memzoo.cells.matrix.lightning_attention import (
   LightningAttention as LightningAttention,
 )
