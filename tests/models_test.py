@@ -149,7 +149,8 @@ def test_bare_nnx_linen_and_equinox_give_the_same_numbers(name):
     )
 
   one, *others = run(params, layer, variables, other, xs)
-  assert np.any(jax.tree.leaves(one[1])[0])
+  # Some memories answer zero until they are trained: their state moves.
+  assert any(np.any(x) for x in jax.tree.leaves(one))
   for two in others:
     assert jax.tree.structure(one) == jax.tree.structure(two)
     assert relative(two, one) <= 1e-6
