@@ -94,7 +94,8 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   )  # fmt: skip
   flags.DEFINE_enum(
     "decay", "none", ("none", "scalar", "channel"),
-    "Of linear_attention and delta_rule.", flag_values=values,
+    "Of linear_attention, delta_rule and diag_plus_rank_one.",
+    flag_values=values,
   )  # fmt: skip
   flags.DEFINE_enum(
     "dtype", "float32", ("float32", "bfloat16"),
@@ -197,6 +198,8 @@ def _matrix(values, shapes):
   gates = {}
   if values.op == "delta_rule":
     gates["beta"] = shapes.rows(*lead)
+  if values.op == "diag_plus_rank_one":
+    gates |= {name: shapes.rows(*lead, k, dtype=dtype) for name in "ab"}
   if values.decay != "none":
     channels = (k,) if values.decay == "channel" else ()
     gates["log_decay"] = shapes.rows(*lead, *channels)
@@ -307,6 +310,7 @@ OPS = {
   "attention": (_HEADS, _attention),
   "conv": ("B={v.batch} T={v.length} D={v.key}", _conv),
   "delta_rule": (_HEADS, _matrix),
+  "diag_plus_rank_one": (_HEADS, _matrix),
   "gradient_step": (_HEADS, _gradient_step),
   "hopfield": ("B={v.batch} T={v.length} K={v.key}", _hopfield),
   "linear_attention": (_HEADS, _matrix),
@@ -330,7 +334,8 @@ def op_case(values) -> Case:
     raise ValueError(f"reset: {values.op} reads a memory that has no time")
   if values.decay != "none" and make is not _matrix:
     raise ValueError(
-      f"decay: a flag of linear_attention and delta_rule, not of {values.op}"
+      "decay: a flag of linear_attention, delta_rule and diag_plus_rank_one, "
+      f"not of {values.op}"
     )
 
   def build(mesh, form):
