@@ -69,27 +69,37 @@ def git(*arguments):
   return done.stdout.split() if done.returncode == 0 else []
 
 
-# Folders of tests and the sources whose change makes the default tier run all
-# of them. It runs one module in `EVERY` of the others, which rotates.
+# Tests and the sources whose change makes the default tier run all of them. It
+# runs one function in `EVERY` of the others, which rotates with the commit.
 AREAS = {
-  "kernels": ("kernels/", "memzoo/targets", "tests/kernels/"),
-  "ops": ("memzoo/ops/", "tests/ops/"),
-  "tasks": ("memzoo/tasks/", "tests/tasks/"),
-}
+  "tests/agent": ("experiments/agent", "experiments/ppo", "memzoo/tasks/"),
+  "tests/bench": ("experiments/bench", "experiments/timing"),
+  "tests/compat": ("memzoo/compat/",),
+  "tests/diagnostics": ("memzoo/diagnostics/", "experiments/diagnose"),
+  "tests/experiments": ("experiments/",),
+  "tests/kernels/": ("kernels/", "memzoo/targets"),
+  "tests/models": ("memzoo/models/",),
+  "tests/ops/": ("memzoo/ops/",),
+  "tests/tasks": ("memzoo/tasks/",),
+  "tests/training": (
+    "memzoo/training", "memzoo/checkpoint", "memzoo/parallel",
+    "experiments/train",
+  ),
+}  # fmt: skip
 EVERY = 3
 
 
-def default_tier(names, modules):
+def default_tier(names, functions):
   """What the default tier tests of all that has many of its kind: whatever
   changed against main (on main, in the last commit), and a sample of the rest
   that rotates with the commit.
 
   Args:
     names: of cells.
-    modules: paths of test modules, below the root.
+    functions: of tests, 'tests/FILE.py::NAME', in their order.
 
   Returns:
-    (the cells that it tests, the modules that it leaves out), sets.
+    (the cells that it tests, the functions that it leaves out), sets.
   """
   head = git("rev-parse", "HEAD")
   if not head:
@@ -106,11 +116,10 @@ def default_tier(names, modules):
   count = SHARED_SAMPLE if wide else SAMPLE
   cells = {names[(first + n) % len(names)] for n in range(count)}
   left_out = set()
-  for n, path in enumerate(sorted(modules)):
-    sources = AREAS.get(pathlib.PurePath(path).parent.name)
-    if sources and not any(c.startswith(sources) for c in changed):
-      if (first + n) % EVERY:
-        left_out.add(path)
+  for area, sources in AREAS.items():
+    if not any(path.startswith((area, *sources)) for path in changed):
+      of_area = [f for f in functions if f.startswith(area)]
+      left_out |= {f for n, f in enumerate(of_area) if (first + n) % EVERY}
   return cells | stems & set(names), left_out
 
 
@@ -122,10 +131,12 @@ def pytest_collection_modifyitems(config, items):
   import memzoo
 
   names = list(memzoo.names())
-  modules = {str(item.path.relative_to(ROOT)) for item in items}
+  functions = {item: item.nodeid.partition("[")[0] for item in items}
   cells, left_out = set(names), set()
   if os.environ["MEMZOO_TEST_SAMPLE"] == "1":
-    cells, left_out = default_tier(names, modules)
+    cells, left_out = default_tier(
+      names, list(dict.fromkeys(functions.values()))
+    )
   for item in items:
     group = item.path.stem
     cell = group.removesuffix("_test")
@@ -134,8 +145,8 @@ def pytest_collection_modifyitems(config, items):
       cell = callspec.params["name"]
       group += "-" + cell
     item.add_marker(pytest.mark.xdist_group(group))
-    module = str(item.path.relative_to(ROOT))
-    if module in left_out or (cell in names and cell not in cells):
+    left = functions[item] in left_out
+    if left or (cell in names and cell not in cells):
       item.add_marker(pytest.mark.slow)
   if config.getoption("--slow"):
     return
