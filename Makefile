@@ -15,7 +15,7 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest --slow -m slow
+	$(BIN)/python -m pytest --slow -m slow $(if $(MINUTES),--minutes=$(MINUTES))
 
 test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest --slow

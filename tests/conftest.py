@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation is what the suite costs: cheap code is good enough for tiny
@@ -36,6 +37,11 @@ def pytest_addoption(parser):
     action="store_true",
     help="write the measured tolerances to memzoo/core/measured.json",
   )
+  parser.addoption(
+    "--minutes",
+    type=float,
+    help="skip what has not begun by then; the order rotates with the commit",
+  )
 
 
 def pytest_configure(config):
@@ -46,6 +52,15 @@ def pytest_configure(config):
     os.environ["MEMZOO_TEST_SAMPLE"] = str(int(whole))
   config.addinivalue_line("markers", "parity: needs the [parity] extra")
   config.addinivalue_line("markers", "nans: makes NaN on purpose")
+
+
+START = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+  minutes = item.config.getoption("--minutes")
+  if minutes is not None and time.monotonic() - START > 60 * minutes:
+    pytest.skip(f"not begun within {minutes:g} minutes")
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +74,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Cells that the default tier takes beside those that changed; more where what
 # they share did. The slow tier, which CI runs too, takes all others.
 SAMPLE, SHARED_SAMPLE = 4, 6
+
+
+def rotation():
+  """A number of the commit: what is taken first, where not all is taken."""
+  head = git("rev-parse", "HEAD")
+  return int(head[0][:8], 16) if head else 0
 
 
 def git(*arguments):
@@ -112,7 +133,7 @@ def default_tier(names, functions):
   shared = ("memzoo/core", "memzoo/ops", "tests/checks", "tests/conf")
   wide = any(path.startswith(shared) for path in changed)
   stems = {pathlib.PurePath(p).stem.removesuffix("_test") for p in changed}
-  first = int(head[0][:8], 16)
+  first = rotation()
   count = SHARED_SAMPLE if wide else SAMPLE
   cells = {names[(first + n) % len(names)] for n in range(count)}
   left_out = set()
@@ -137,6 +158,7 @@ def pytest_collection_modifyitems(config, items):
     cells, left_out = default_tier(
       names, list(dict.fromkeys(functions.values()))
     )
+  groups = {}
   for item in items:
     group = item.path.stem
     cell = group.removesuffix("_test")
@@ -145,9 +167,14 @@ def pytest_collection_modifyitems(config, items):
       cell = callspec.params["name"]
       group += "-" + cell
     item.add_marker(pytest.mark.xdist_group(group))
+    groups.setdefault(group, []).append(item)
     left = functions[item] in left_out
     if left or (cell in names and cell not in cells):
       item.add_marker(pytest.mark.slow)
+  if config.getoption("--minutes") is not None:
+    order = list(groups.values())
+    first = rotation() % len(order)
+    items[:] = [item for g in order[first:] + order[:first] for item in g]
   if config.getoption("--slow"):
     return
   skip = pytest.mark.skip(reason="slow: run with --slow (make test-all)")
