@@ -4,7 +4,12 @@ from memzoo.cells.hopfield.hopfield_lookup import (
   HopfieldLookup as HopfieldLookup,
 )
 from memzoo.cells.kv.window import Window as Window
+from memzoo.cells.matrix.based import Based as Based
 from memzoo.cells.matrix.delta_net import DeltaNet as DeltaNet
+from memzoo.cells.matrix.ecoformer import EcoFormer as EcoFormer
+from memzoo.cells.matrix.fast_weight_programmer import (
+  FastWeightProgrammer as FastWeightProgrammer,
+)
 from memzoo.cells.matrix.gated_delta import GatedDelta as GatedDelta
 from memzoo.cells.matrix.gated_delta2 import GatedDelta2 as GatedDelta2
 from memzoo.cells.matrix.gated_delta_product import (
@@ -18,6 +23,7 @@ from memzoo.cells.matrix.hgrn2 import HGRN2 as HGRN2
 from memzoo.cells.matrix.kimi_delta_attention import (
   KimiDeltaAttention as KimiDeltaAttention,
 )
+from memzoo.cells.matrix.lightnet import LightNet as LightNet
 from memzoo.cells.matrix.lightning_attention import (
   LightningAttention as LightningAttention,
 )
@@ -26,7 +32,17 @@ from memzoo.cells.matrix.linear_attention import (
 )
 from memzoo.cells.matrix.longhorn import Longhorn as Longhorn
 from memzoo.cells.matrix.mesa_net import MesaNet as MesaNet
+from memzoo.cells.matrix.mixture_of_memories import (
+  MixtureOfMemories as MixtureOfMemories,
+)
 from memzoo.cells.matrix.mlstm import MLSTM as MLSTM
+from memzoo.cells.matrix.orthogonal_memory import (
+  OrthogonalMemory as OrthogonalMemory,
+)
+from memzoo.cells.matrix.performer import Performer as Performer
+from memzoo.cells.matrix.prefix_linear_attention import (
+  PrefixLinearAttention as PrefixLinearAttention,
+)
 from memzoo.cells.matrix.retnet import RetNet as RetNet
 from memzoo.cells.matrix.rwkv6 import RWKV6 as RWKV6
 from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7

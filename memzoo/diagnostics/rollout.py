@@ -123,21 +123,24 @@ def label(cell: Cell) -> str:
 
 
 def named_leaves(states) -> dict[str, jax.Array]:
-  """{path: leaf} of the leaves that hold numbers; random keys are no memory."""
+  """{path: leaf} of the leaves that hold numbers; random keys are no memory.
+
+  −inf, the log of a sum over nothing, is 0 here: nothing is held.
+  """
   found = jax.tree_util.tree_leaves_with_path(states)
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
   return {
-    name(path) or "state": x for path, x in found if _numeric(x) and x.size
+    name(path) or "state": jnp.where(jnp.isneginf(x), jnp.zeros_like(x), x)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+    else x
+    for path, x in found
+    if _numeric(x) and x.size
   }
 
 
 def features(state) -> jax.Array:
   """float32 [F]: every number of one state, complex ones as two."""
-  parts = []
-  for x in named_leaves(state).values():
-    whole = jnp.iscomplexobj(x)
-    parts += [x.real, x.imag] if whole else [x]
-  return jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in parts])
+  return _vector(named_leaves(state).values())
 
 
 def size(cell: Cell, state) -> int:
@@ -153,7 +156,7 @@ def split(state):
   leaves, tree = jax.tree.flatten(state)
   moving = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
   floats = [x for x, moves in zip(leaves, moving) if moves]
-  vector = features(floats) if floats else jnp.zeros((0,), jnp.float32)
+  vector = _vector(floats) if floats else jnp.zeros((0,), jnp.float32)
 
   def join(vector):
     place, out = 0, []
@@ -170,6 +173,14 @@ def split(state):
     return tree.unflatten(out)
 
   return vector, join
+
+
+def _vector(leaves) -> jax.Array:
+  """The numbers of all leaves, complex ones as two: float32 [N]."""
+  parts = []
+  for x in leaves:
+    parts += [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+  return jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in parts])
 
 
 def check_count(who: str, what: str, value, least: int = 1) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import dispatch
+from memzoo.ops import chunk
 
 
 def identity(x):
@@ -52,6 +53,31 @@ def dpfp(x, nu: int = 1):
   return jnp.concatenate(
     [r * jnp.roll(r, j, axis=-1) for j in range(1, nu + 1)], axis=-1
   )
+
+
+def favor(x, projection):
+  """exp(ω_i·x − ‖x‖² / 2) / sqrt(M), i = 1 … M: positive random features, with
+  E[φ(x)·φ(y)] = exp(x·y) for rows ω ~ N(0, I) of `projection` [M, K].
+  Choromanski et al. 2020, arXiv:2009.14794, section 2.3 (Lemma 1)."""
+  return jnp.exp(favor_exponents(x, projection)) / math.sqrt(len(projection))
+
+
+def favor_exponents(x, projection):
+  """ω_i·x − ‖x‖² / 2 of `favor`: [..., K] -> float32 [..., M]."""
+  half = 0.5 * jnp.sum(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
+  return chunk.matmul(x, projection.T) - half
+
+
+def orthogonal_rows(key, count: int, width: int):
+  """Rows [count, width], each distributed as N(0, I), those of every block of
+  `width` orthogonal. Choromanski et al. 2020, arXiv:2009.14794, section 2.4."""
+  key_rows, key_norms = jax.random.split(key)
+  blocks = -(-count // width)
+  rows = jax.random.orthogonal(key_rows, width, (blocks,)).reshape(-1, width)
+  norms = jnp.linalg.norm(
+    jax.random.normal(key_norms, (count, width)), axis=-1, keepdims=True
+  )
+  return rows[:count] * norms
 
 
 MAPS = {
