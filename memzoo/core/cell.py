@@ -125,8 +125,8 @@ def scan(
     reset: bool [T]. True: the memory is fresh before input t (an episode
       starts, the next packed document starts).
     mask: bool [T]. False: there is no input t. The state passes untouched,
-      y is zero, and a reset at t is not seen: it belongs on the first input
-      that is there (`reset_from_segment_ids` puts it there).
+      y and the reports are zero, and a reset at t is not seen: it belongs on
+      the first input that is there (`reset_from_segment_ids` puts it there).
     implementation: a form ('step', or one of `cell.implementations`), or None
       for the first that serves the call on this platform. A sequence of one
       token then takes 'step'.
@@ -180,10 +180,10 @@ def _step(cell, params, state, xs, reset, mask):
       state = jax.tree.map(lambda f, s: jnp.where(reset_t, f, s), fresh, state)
     state, y, report = cell.observe(params, state, x)
     if mask_t is not None:
-      state, y = jax.tree.map(
+      state, y, report = jax.tree.map(
         lambda new, kept: jnp.where(mask_t, new, kept),
-        (state, y),
-        (old, jax.tree.map(jnp.zeros_like, y)),
+        (state, y, report),
+        (old, *jax.tree.map(jnp.zeros_like, (y, report))),
       )
     return state, (y, report)
 
@@ -193,10 +193,12 @@ def _step(cell, params, state, xs, reset, mask):
 
 def _parallel(cell, params, state, xs, reset, mask, form):
   out = cell.parallel(params, state, xs, reset, mask, form)
-  state, ys, *rest = out
+  state, ys, report = out if len(out) == 3 else (*out, {})
   if mask is not None:
-    ys = jax.tree.map(lambda y: where(mask, y, jnp.zeros_like(y)), ys)
-  return state, ys, rest[0] if rest else {}
+    ys, report = jax.tree.map(
+      lambda y: where(mask, y, jnp.zeros_like(y)), (ys, report)
+    )
+  return state, ys, report
 
 
 def where(flags, a, b):
