@@ -62,6 +62,28 @@ def trip_counts(compiled) -> list[int]:
   ]
 
 
+def drawn(cell, scale=0.3):
+  """Parameters, none at its starting value."""
+  params = jax.jit(cell.init)(jax.random.key(0))
+  r = np.random.default_rng(2)
+  noise = lambda x: np.asarray(scale * r.normal(size=x.shape), np.float32)
+  return {k: x + noise(x) for k, x in params.items()}
+
+
+def inputs(cell, length, scale=1.0):
+  """[length, D], of normal numbers."""
+  r = np.random.default_rng(1)
+  return np.asarray(scale * r.normal(size=(length, cell.d_model)), np.float32)
+
+
+def forms(cell, params, xs):
+  """(form, state, ys) of every form but the kernel's, in one compilation."""
+  names = ("step", "scan", "chunk")
+  run = lambda f: memzoo.scan(cell, params, None, xs, implementation=f)
+  out = jax.jit(lambda: [run(f) for f in names])()
+  return [(f, *o) for f, o in zip(names, out)]
+
+
 def learn(cell, draw, steps, rate=1e-2, seed=0):
   """Trains a cell alone, with Adam, to predict a class from its outputs.
 

@@ -40,33 +40,12 @@ def paper(cell, params, xs):
   return s, np.stack(ys)
 
 
-def drawn(cell, scale=0.3):
-  """Parameters, none at its starting value."""
-  params = jax.jit(cell.init)(jax.random.key(0))
-  r = np.random.default_rng(2)
-  noise = lambda x: np.asarray(scale * r.normal(size=x.shape), np.float32)
-  return {k: x + noise(x) for k, x in params.items()}
-
-
-def inputs(cell, length, scale=1.0):
-  r = np.random.default_rng(1)
-  return np.asarray(scale * r.normal(size=(length, cell.d_model)), np.float32)
-
-
-def forms(cell, params, xs):
-  """(form, state, ys) of every form but the kernel's, in one compilation."""
-  names = ("step", "scan", "chunk")
-  run = lambda f: memzoo.scan(cell, params, None, xs, implementation=f)
-  out = jax.jit(lambda: [run(f) for f in names])()
-  return [(f, *o) for f, o in zip(names, out)]
-
-
 @pytest.mark.parametrize("tau", [16.0, 1.0])
 def test_paper_equation(tau):
   cell = memzoo.tiny("gla", tau=tau)
-  params, xs = drawn(cell), inputs(cell, 9, 2.0)
+  params, xs = checks.drawn(cell), checks.inputs(cell, 9, 2.0)
   s, want = paper(cell, params, xs)
-  for form, state, ys in forms(cell, params, xs):
+  for form, state, ys in checks.forms(cell, params, xs):
     assert checks.relative((state.s, ys), (s, want)) < checks.FORWARD, form
 
 
@@ -79,7 +58,7 @@ def test_signature_behaviour():
   params = jax.jit(cell.init)(jax.random.key(0))
   run = jax.jit(lambda p, s, x: memzoo.scan(cell, p, s, x)[0])
   empty = cell.initial_state(params)
-  state = run(params, empty, inputs(cell, 7))
+  state = run(params, empty, checks.inputs(cell, 7))
   bias = jnp.asarray([-2.0, 0.0, 1.0, 30.0, 3.0])
   later = run({**params, "decay_bias": bias}, state, jnp.zeros((8, 9)))
   np.testing.assert_allclose(

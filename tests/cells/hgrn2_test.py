@@ -45,34 +45,13 @@ def paper(cell, params, xs):
   return state, np.stack(ys)
 
 
-def drawn(cell, scale=0.3):
-  """Parameters, none at its starting value."""
-  params = jax.jit(cell.init)(jax.random.key(0))
-  r = np.random.default_rng(2)
-  noise = lambda x: np.asarray(scale * r.normal(size=x.shape), np.float32)
-  return {k: x + noise(x) for k, x in params.items()}
-
-
-def inputs(cell, length, scale=1.0):
-  r = np.random.default_rng(1)
-  return np.asarray(scale * r.normal(size=(length, cell.d_model)), np.float32)
-
-
-def forms(cell, params, xs):
-  """(form, state, ys) of every form but the kernel's, in one compilation."""
-  names = ("step", "scan", "chunk")
-  run = lambda f: memzoo.scan(cell, params, None, xs, implementation=f)
-  out = jax.jit(lambda: [run(f) for f in names])()
-  return [(f, *o) for f, o in zip(names, out)]
-
-
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_paper_equation(layer):
   cell = memzoo.tiny("hgrn2", layer_index=layer)
-  params, xs = drawn(cell), inputs(cell, 9, 3.0)
+  params, xs = checks.drawn(cell), checks.inputs(cell, 9, 3.0)
   assert ("bounds" in params) == (layer > 0)
   h, want = paper(cell, params, xs)
-  for form, state, ys in forms(cell, params, xs):
+  for form, state, ys in checks.forms(cell, params, xs):
     assert checks.relative((state.h, ys), (h, want)) < checks.FORWARD, form
 
 
@@ -101,7 +80,7 @@ def test_signature_behaviour():
   key's latest value among twelve (a fixed decay's share is in gla_test)."""
   cell = memzoo.make("hgrn2", d_model=9, head_dim=5)
   params = jax.jit(cell.init)(jax.random.key(0))
-  xs = np.abs(inputs(cell, 30))
+  xs = np.abs(checks.inputs(cell, 30))
   run = jax.jit(lambda p, s, x: memzoo.scan(cell, p, s, x)[0])
   state = run(params, cell.initial_state(params), xs)
   h, taken = np.asarray(state.h[0]), xs @ np.asarray(params["ofi"])[:, 10:]

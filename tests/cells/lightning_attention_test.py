@@ -47,27 +47,6 @@ def paper(cell, params, xs):
   return (o * p.get("norm", 1.0) * u) @ p["out"]
 
 
-def drawn(cell, scale=0.3):
-  """Parameters, none at its starting value."""
-  params = jax.jit(cell.init)(jax.random.key(0))
-  r = np.random.default_rng(2)
-  noise = lambda x: np.asarray(scale * r.normal(size=x.shape), np.float32)
-  return {k: x + noise(x) for k, x in params.items()}
-
-
-def inputs(cell, length, scale=1.0):
-  r = np.random.default_rng(1)
-  return np.asarray(scale * r.normal(size=(length, cell.d_model)), np.float32)
-
-
-def forms(cell, params, xs):
-  """(form, state, ys) of every form but the kernel's, in one compilation."""
-  names = ("step", "scan", "chunk")
-  run = lambda f: memzoo.scan(cell, params, None, xs, implementation=f)
-  out = jax.jit(lambda: [run(f) for f in names])()
-  return [(f, *o) for f, o in zip(names, out)]
-
-
 @pytest.mark.parametrize(
   "options",
   [
@@ -78,9 +57,9 @@ def forms(cell, params, xs):
 )
 def test_paper_equation(options):
   cell = memzoo.tiny("lightning_attention", **options)
-  params, xs = drawn(cell, 0.1), inputs(cell, 11, 2.0)
+  params, xs = checks.drawn(cell, 0.1), checks.inputs(cell, 11, 2.0)
   want = paper(cell, params, xs)
-  for form, _, ys in forms(cell, params, xs):
+  for form, _, ys in checks.forms(cell, params, xs):
     assert checks.relative(ys, want) < checks.FORWARD, form
 
 
@@ -91,7 +70,7 @@ def test_parity_with_transformers():
   transformers = pytest.importorskip("transformers")
   model = transformers.models.minimax.modeling_minimax
   cell = memzoo.tiny("lightning_attention", variant="minimax", lrpe=False)
-  params, xs = drawn(cell), inputs(cell, 19)
+  params, xs = checks.drawn(cell), checks.inputs(cell, 19)
   config = transformers.MiniMaxConfig(
     hidden_size=6, num_attention_heads=2, num_key_value_heads=2, head_dim=3,
     num_hidden_layers=3, block_size=8,
@@ -109,7 +88,7 @@ def test_parity_with_transformers():
   )
   with torch.no_grad():
     want = theirs(torch.tensor(xs)[None], None, None)[0][0].numpy()
-  for form, _, ys in forms(cell, params, xs):
+  for form, _, ys in checks.forms(cell, params, xs):
     assert checks.relative(ys, want) < checks.FORWARD, form
 
 
@@ -129,7 +108,7 @@ def test_signature_behaviour():
     )
     params = jax.jit(cell.init)(jax.random.key(0))
     run = jax.jit(lambda s, x, p=params, c=cell: memzoo.scan(c, p, s, x)[0])
-    state = run(cell.initial_state(params), inputs(cell, 5))
+    state = run(cell.initial_state(params), checks.inputs(cell, 5))
     later = run(state, jnp.zeros((3, 9)))
     ratio = np.asarray(later.s / state.s, np.float64)
     np.testing.assert_allclose(ratio, ratio[:, :1, :1] + 0 * ratio, rtol=1e-4)

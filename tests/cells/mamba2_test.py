@@ -45,34 +45,13 @@ def paper(cell, params, us):
   return state, np.stack(ys)
 
 
-def drawn(cell, scale=0.3):
-  """Parameters, none at its starting value."""
-  params = jax.jit(cell.init)(jax.random.key(0))
-  r = np.random.default_rng(2)
-  noise = lambda x: np.asarray(scale * r.normal(size=x.shape), np.float32)
-  return {k: x + noise(x) for k, x in params.items()}
-
-
-def inputs(cell, length, scale=1.0):
-  r = np.random.default_rng(1)
-  return np.asarray(scale * r.normal(size=(length, cell.d_model)), np.float32)
-
-
-def forms(cell, params, xs):
-  """(form, state, ys) of every form but the kernel's, in one compilation."""
-  names = ("step", "scan", "chunk")
-  run = lambda f: memzoo.scan(cell, params, None, xs, implementation=f)
-  out = jax.jit(lambda: [run(f) for f in names])()
-  return [(f, *o) for f, o in zip(names, out)]
-
-
 @pytest.mark.parametrize("options", (dict(), dict(num_groups=1, conv_size=4)))
 def test_paper_equation(options):
   cell = memzoo.tiny("mamba2", **options)
-  params, us = drawn(cell, 0.2), inputs(cell, 9)
+  params, us = checks.drawn(cell, 0.2), checks.inputs(cell, 9)
   params["dt_bias"] += 3.0
   want, ys_want = paper(cell, params, us)
-  for form, state, ys in forms(cell, params, us):
+  for form, state, ys in checks.forms(cell, params, us):
     got = (state.h, state.conv), ys
     assert checks.relative(got, (want, ys_want)) < checks.FORWARD, form
 
@@ -84,7 +63,7 @@ def test_parity_with_transformers():
   transformers = pytest.importorskip("transformers")
   mixer = transformers.models.mamba2.modeling_mamba2.Mamba2Mixer
   cell = memzoo.tiny("mamba2", num_groups=1, conv_size=4)
-  params, us = drawn(cell), inputs(cell, 19)
+  params, us = checks.drawn(cell), checks.inputs(cell, 19)
   config = transformers.Mamba2Config(
     hidden_size=6, num_heads=4, head_dim=3, state_size=5, n_groups=1,
     conv_kernel=4, expand=2, chunk_size=8, num_hidden_layers=1,
@@ -101,7 +80,7 @@ def test_parity_with_transformers():
   )
   with torch.no_grad():
     want = theirs(torch.tensor(us)[None])[0].numpy()
-  for form, _, ys in forms(cell, params, us):
+  for form, _, ys in checks.forms(cell, params, us):
     assert checks.relative(ys, want) < checks.FORWARD, form
 
 
@@ -139,7 +118,7 @@ def test_signature_behaviour():
   step is large keeps nothing of it; and a layer learns to copy symbols from
   times that vary, past the inputs between them, which needs both."""
   cell = memzoo.tiny("mamba2")
-  params, us = drawn(cell), inputs(cell, 8)
+  params, us = checks.drawn(cell), checks.inputs(cell, 8)
   empty = cell.initial_state(params)
   warm = empty._replace(h=jnp.ones_like(empty.h))
   bias = jnp.asarray([-200.0, 200.0, -200.0, 200.0])

@@ -51,34 +51,13 @@ def paper(cell, params, xs):
   return before, np.stack(ys)
 
 
-def drawn(cell, scale=0.3):
-  """Parameters, none at its starting value."""
-  params = jax.jit(cell.init)(jax.random.key(0))
-  r = np.random.default_rng(2)
-  noise = lambda x: np.asarray(scale * r.normal(size=x.shape), np.float32)
-  return {k: x + noise(x) for k, x in params.items()}
-
-
-def inputs(cell, length, scale=1.0):
-  r = np.random.default_rng(1)
-  return np.asarray(scale * r.normal(size=(length, cell.d_model)), np.float32)
-
-
-def forms(cell, params, xs):
-  """(form, state, ys) of every form but the kernel's, in one compilation."""
-  names = ("step", "scan", "chunk")
-  run = lambda f: memzoo.scan(cell, params, None, xs, implementation=f)
-  out = jax.jit(lambda: [run(f) for f in names])()
-  return [(f, *o) for f, o in zip(names, out)]
-
-
 def test_paper_equation():
   cell = memzoo.tiny("rwkv6")
-  params = drawn(cell)
+  params = checks.drawn(cell)
   params["decay"] += 3.0
-  xs = inputs(cell, 9)
+  xs = checks.inputs(cell, 9)
   last, want = paper(cell, params, xs)
-  for form, state, ys in forms(cell, params, xs):
+  for form, state, ys in checks.forms(cell, params, xs):
     assert checks.relative((state.x, ys), (last, want)) < checks.FORWARD, form
 
 
@@ -111,8 +90,8 @@ def test_no_decay_is_none_and_a_great_one_is_all():
   """log w at both ends: w = 1 to rounding, and w = 0 exactly, with finite
   gradients, in every form."""
   cell = memzoo.tiny("rwkv6")
-  params = drawn(cell)
-  xs = inputs(cell, 5)
+  params = checks.drawn(cell)
+  xs = checks.inputs(cell, 5)
   warm = cell.initial_state(params)
   warm = warm._replace(s=jnp.ones_like(warm.s))
   for form in ("step", "scan", "chunk"):
@@ -145,8 +124,8 @@ def test_signature_behaviour():
   decay, which its own write does not feel before the next token; token shift
   makes it learn what came just before a mark."""
   cell = memzoo.tiny("rwkv6")
-  params = drawn(cell)
-  x, empty = inputs(cell, 1), cell.initial_state(params)
+  params = checks.drawn(cell)
+  x, empty = checks.inputs(cell, 1), cell.initial_state(params)
   run = jax.jit(lambda p, s: memzoo.scan(cell, p, s, x))
   out = lambda p: run(p, empty)
   state, y = out(params)
