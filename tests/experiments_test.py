@@ -50,7 +50,8 @@ def test_flag_file_says_what_it_is(path):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_flag_file_runs(path, tmp_path):
   """For two steps; what is for a GPU, at a size for a CPU."""
-  small = ("--d_model=32", "--depth=1", "--task_options=length=32")
+  cells = re.search(r"^--cell=(.*)$", path.read_text(), re.MULTILINE)[1].split(",")
+  small = ("--d_model=32", f"--depth={len(cells)}", "--task_options=length=32")
   out = start(
     "train", f"--flagfile={path}", f"--workdir={tmp_path}", "--steps=2",
     "--warmup=1", "--log_every=1", "--eval_every=0", "--batch_size=2",
