@@ -326,13 +326,15 @@ def report(result: dict[str, Any]) -> str:
     body = [_goal(goal, row) for goal, row in goals]
     lines += ["", "## Goals", "", *table(head, body)]
   for kind, title in (
-    ("op", "Ops"), ("cell", "Cells"), ("peer", "Against other packages"),
+    ("op", "Ops"), ("cell", "Cells"),
+    ("chunked cell", "Matrix and test-time memories in chunks"),
+    ("peer", "Against other packages"),
   ):  # fmt: skip
     chosen = [r for r in rows if r["kind"] == kind]
     if chosen:
       head = ("", "form", "inputs", "dtype", "direction", "ms", "min", "max")
       head += ("×", "MB", "1,000 tokens/s")
-      head += ("state",) if kind == "cell" else ()
+      head += ("state",) if kind.endswith("cell") else ()
       head += ("compile s",)
       body = [_cells(row, kind) for row in chosen]
       lines += ["", f"## {title}", "", *table(head, body)]
@@ -380,7 +382,7 @@ def _cells(row, kind):
       *(_ms(row[k]) for k in ("median_ms", "min_ms", "max_ms")), ratio,
       f"{row['temp_bytes'] / 1e6:.1f}", f"{row['tokens_per_s'] / 1e3:,.0f}",
     )  # fmt: skip
-  state = (f"{row['state']:,}",) if kind == "cell" else ()
+  state = (f"{row['state']:,}",) if kind.endswith("cell") else ()
   compile_s = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
   return *head, *rest, *state, compile_s
 

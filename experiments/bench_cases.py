@@ -1,6 +1,7 @@
 """What `experiments.bench` times: every op and every registered cell."""
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -16,10 +17,19 @@ from memzoo.ops.attention import empty as ring_empty
 from memzoo.ops.conv import conv, empty as conv_empty
 from memzoo.ops.delta_rule import CHUNK_SIZES as DELTA_CHUNKS
 from memzoo.ops.gradient_step import Learner, Model, start
-from memzoo.ops.linear_attention import CHUNK_SIZES as LINEAR_CHUNKS
+from memzoo.ops.linear_attention import (
+  CHANNEL_CHUNK_SIZES as LINEAR_CHANNEL_CHUNKS,
+  CHUNK_SIZES as LINEAR_CHUNKS,
+)
 from memzoo.ops.product_key import read as product_key_read
 
-MATRIX_CHUNKS = {"linear_attention": LINEAR_CHUNKS, "delta_rule": DELTA_CHUNKS}
+
+def chosen_chunk(op: str, decay: str) -> int:
+  """C that a matrix op takes by itself; `decay` as for `matrix_group`."""
+  sizes = DELTA_CHUNKS
+  if op == "linear_attention":
+    sizes = LINEAR_CHANNEL_CHUNKS if decay == "per-channel" else LINEAR_CHUNKS
+  return dispatch.by_platform(**sizes)
 
 
 class Sizes(NamedTuple):
@@ -48,6 +58,7 @@ def groups(sizes: Sizes) -> Iterator[timing.Group]:
   """Every group of this package: ops, then cells, then the long runs."""
   yield from op_groups(sizes)
   yield from cell_groups(sizes)
+  yield from chunked_cell_groups(sizes)
   wide = sizes.heads * sizes.width
   both = timing.DIRECTIONS[1:]
   yield cell_group(
@@ -61,8 +72,10 @@ def op_groups(sizes: Sizes) -> Iterator[timing.Group]:
   for op in ("linear_attention", "delta_rule"):
     for decay in ("no", "scalar", "per-channel"):
       yield matrix_group(op, decay, sizes)
-    yield chunk_size_group(op, sizes)
+      if decay != "no":
+        yield chunk_size_group(op, decay, sizes)
   yield matrix_group("diag_plus_rank_one", "per-channel", sizes)
+  yield chunk_size_group("diag_plus_rank_one", "per-channel", sizes)
   yield recurrence_group("real", sizes)
   yield recurrence_group("complex", sizes)
   yield selective_scan_group(sizes)
@@ -89,10 +102,10 @@ def matrix_group(name: str, decay: str, sizes: Sizes) -> timing.Group:
   return _op_group(f"{name}, {decay} decay", _heads(sizes), sizes, build)
 
 
-def chunk_size_group(name: str, sizes: Sizes) -> timing.Group:
-  """The chunk form of a matrix op with scalar decay, by size of its chunks;
-  what the op's `CHUNK_SIZES` is chosen from."""
-  chosen = dispatch.by_platform(**MATRIX_CHUNKS[name])
+def chunk_size_group(name: str, decay: str, sizes: Sizes) -> timing.Group:
+  """The chunk form of a matrix op, by size of its chunks; what the op's
+  `CHUNK_SIZES` is chosen from."""
+  chosen = chosen_chunk(name, decay)
   forms = {f"chunk, C={c}": c for c in sorted({16, 32, 64, 128, chosen})}
 
   def build():
@@ -102,11 +115,11 @@ def chunk_size_group(name: str, sizes: Sizes) -> timing.Group:
       return op(s, q, k, v, **gates, implementation="chunk", chunk_size=size)
 
     calls = {f: functools.partial(call, c) for f, c in forms.items()}
-    inputs = _matrix_inputs(name, "scalar", sizes)
+    inputs = _matrix_inputs(name, decay, sizes)
     return timing.Forms(calls, inputs, f"chunk, C={chosen}")
 
   return _op_group(
-    f"{name}, scalar decay, chunk sizes", _heads(sizes), sizes, build,
+    f"{name}, {decay} decay, chunk sizes", _heads(sizes), sizes, build,
     reference=f"chunk, C={chosen}", directions=("forward+backward",),
   )  # fmt: skip
 
@@ -361,10 +374,30 @@ def cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
     )
 
 
+def chunked_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
+  """Matrix and test-time memories in chunks, where ops are measured: as many
+  heads, of K = V, in a model that is as wide as all of them."""
+  for name in memzoo.names():
+    about = memzoo.describe(name)
+    if about.family in ("matrix", "ttt") and "chunk" in about.forms:
+      options = {
+        "num_heads": sizes.heads, "head_dim": sizes.width,
+        "value_dim": sizes.width,
+      }  # fmt: skip
+      known = {field.name for field in dataclasses.fields(about.cls)}
+      options = {k: v for k, v in options.items() if k in known}
+      yield cell_group(
+        name, sizes.batch, sizes.length, timing.DIRECTIONS[1:],
+        kind="chunked cell", forms=("step", "chunk"),
+        d_model=sizes.heads * sizes.width, **options,
+      )  # fmt: skip
+
+
 def cell_group(
-  name: str, batch: int, length: int, directions=timing.DIRECTIONS, **options
-) -> timing.Group:
-  """A cell by every form, held against its step loop."""
+  name: str, batch: int, length: int, directions=timing.DIRECTIONS, *,
+  kind: str = "cell", forms=None, **options,
+) -> timing.Group:  # fmt: skip
+  """A cell by `forms`, or every one, held against its step loop."""
   cell = memzoo.make(name, **options)
   rest = "".join(f" {k}={v}" for k, v in options.items() if k != "d_model")
 
@@ -373,12 +406,12 @@ def cell_group(
     xs = Draw(0).normal(batch, length, cell.d_model)
     form = lambda f: functools.partial(run_cell, cell, implementation=f)
     # Kernels have suites of their own.
-    names = [f for f in memzoo.describe(name).forms if f != "pallas"]
+    names = forms or [f for f in memzoo.describe(name).forms if f != "pallas"]
     default = memzoo.explain(form(None), params, xs)[-1].form
     return timing.Forms({f: form(f) for f in names}, (params, xs), default)
 
   return timing.Group(
-    "cell", name, f"B={batch} T={length} D={cell.d_model}{rest}",
+    kind, name, f"B={batch} T={length} D={cell.d_model}{rest}",
     batch * length, build, ("step",), directions,
     state=memzoo.state_size(cell),
   )  # fmt: skip

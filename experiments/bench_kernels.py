@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import timing
-from experiments.bench_cases import MATRIX_CHUNKS
+from experiments.bench_cases import chosen_chunk
 from experiments.bench_peers import JLA
 import memzoo
 from memzoo import ops
@@ -250,7 +250,7 @@ def forms(case: Case) -> dict[str, Callable[..., Any]]:
   that the op chooses goes by its name alone."""
   labels = case.forms
   if case.op in MATRIX:
-    chosen = dispatch.by_platform(**MATRIX_CHUNKS[case.op])
+    chosen = chosen_chunk(case.op, DECAYS[case.decay])
     labels = [x for x in labels if x != f"pallas, C={chosen}"]
   return {x: functools.partial(call, case, x) for x in labels}
 

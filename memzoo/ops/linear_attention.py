@@ -19,6 +19,7 @@ from memzoo.ops import arguments, chunk, decay
 
 # Measured: python -m experiments.bench --suite=cpu (benchmarks/).
 CHUNK_SIZES = dict(cpu=64)
+CHANNEL_CHUNK_SIZES = dict(cpu=32)  # of a decay per channel
 
 
 def write(s, k, v, log_decay=None):
@@ -80,7 +81,9 @@ def linear_attention(
     "linear_attention", s, q, k, v, log_decay=log_decay, reset=reset,
     mask=mask, fresh=fresh,
   )  # fmt: skip
-  size = chunk_size or dispatch.by_platform(**CHUNK_SIZES)
+  channel = log_decay is not None and log_decay.ndim == 2
+  sizes = CHANNEL_CHUNK_SIZES if channel else CHUNK_SIZES
+  size = chunk_size or dispatch.by_platform(**sizes)
   chunk.power_of_two("chunk_size", size)
   if mask is not None and reset is not None:
     reset = reset & mask
