@@ -17,19 +17,16 @@ from memzoo.ops.attention import empty as ring_empty
 from memzoo.ops.conv import conv, empty as conv_empty
 from memzoo.ops.delta_rule import CHUNK_SIZES as DELTA_CHUNKS
 from memzoo.ops.gradient_step import Learner, Model, start
-from memzoo.ops.linear_attention import (
-  CHANNEL_CHUNK_SIZES as LINEAR_CHANNEL_CHUNKS,
-  CHUNK_SIZES as LINEAR_CHUNKS,
-)
+from memzoo.ops.linear_attention import CHUNK_SIZES as LINEAR_CHUNKS
 from memzoo.ops.product_key import read as product_key_read
 
 
 def chosen_chunk(op: str, decay: str) -> int:
   """C that a matrix op takes by itself; `decay` as for `matrix_group`."""
-  sizes = DELTA_CHUNKS
-  if op == "linear_attention":
-    sizes = LINEAR_CHANNEL_CHUNKS if decay == "per-channel" else LINEAR_CHUNKS
-  return dispatch.by_platform(**sizes)
+  sizes = LINEAR_CHUNKS if op == "linear_attention" else DELTA_CHUNKS
+  return dispatch.by_platform(
+    **(sizes.channel if decay == "per-channel" else sizes.scalar)
+  )
 
 
 class Sizes(NamedTuple):
@@ -49,7 +46,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes()
 TINY = Sizes(
-  batch=1, length=12, heads=2, width=4, slots=16, half_keys=4, cell_batch=2,
+  batch=1, length=12, heads=2, width=8, slots=16, half_keys=4, cell_batch=2,
   cell_length=6, d_model=8, long=10,
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memzoo.core import dispatch
 from memzoo.ops import chunk
 
 # Stands for −inf: its exponential is exactly 0, and so is its gradient.
@@ -117,6 +118,22 @@ def decays(
     ends_live=ends_live,
     poison=poison,
   )
+
+
+class ChunkSizes(NamedTuple):
+  """C by platform, as `dispatch.by_platform` takes it."""
+
+  scalar: dict[str, int]  # or no decay
+  channel: dict[str, int]
+
+
+def chunk_size(size: int | None, log_decay, sizes: ChunkSizes) -> int:
+  """C of a chunk form: `size`, or the platform's for this kind of decay."""
+  if size is None:
+    channel = log_decay is not None and log_decay.ndim == 2
+    size = dispatch.by_platform(**(sizes.channel if channel else sizes.scalar))
+  chunk.power_of_two("chunk_size", size)
+  return size
 
 
 def sums(where, g):

@@ -22,7 +22,9 @@ from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay, linear_attention
 
 # Measured: python -m experiments.bench --suite=cpu (benchmarks/).
-CHUNK_SIZES = dict(cpu=32, gpu=64, tpu=64)
+CHUNK_SIZES = decay.ChunkSizes(
+  scalar=dict(cpu=32, gpu=64, tpu=64), channel=dict(cpu=16, gpu=64, tpu=64)
+)
 GROUP = 8  # chunks whose state-free part is computed at once
 
 
@@ -89,8 +91,7 @@ def delta_rule(
     "delta_rule", s, q, k, v, beta=beta, log_decay=log_decay, reset=reset,
     mask=mask, fresh=fresh,
   )  # fmt: skip
-  size = chunk_size or dispatch.by_platform(**CHUNK_SIZES)
-  chunk.power_of_two("chunk_size", size)
+  size = decay.chunk_size(chunk_size, log_decay, CHUNK_SIZES)
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, beta, log_decay, reset, mask)

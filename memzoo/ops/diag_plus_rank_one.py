@@ -101,8 +101,7 @@ def diag_plus_rank_one(
   arguments.check_array(who, "a", a, jnp.shape(q))
   if b is not None:
     arguments.check_array(who, "b", b, jnp.shape(q))
-  size = chunk_size or dispatch.by_platform(**CHUNK_SIZES)
-  chunk.power_of_two("chunk_size", size)
+  size = decay.chunk_size(chunk_size, log_decay, CHUNK_SIZES)
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, a, b, log_decay, reset, mask)

@@ -18,8 +18,9 @@ from memzoo.kernels.chunk_scan import Axes, chunk_scan
 from memzoo.ops import arguments, chunk, decay
 
 # Measured: python -m experiments.bench --suite=cpu (benchmarks/).
-CHUNK_SIZES = dict(cpu=64)
-CHANNEL_CHUNK_SIZES = dict(cpu=32)  # of a decay per channel
+CHUNK_SIZES = decay.ChunkSizes(
+  scalar=dict(cpu=64), channel=dict(cpu=32, gpu=64, tpu=64)
+)
 
 
 def write(s, k, v, log_decay=None):
@@ -81,10 +82,7 @@ def linear_attention(
     "linear_attention", s, q, k, v, log_decay=log_decay, reset=reset,
     mask=mask, fresh=fresh,
   )  # fmt: skip
-  channel = log_decay is not None and log_decay.ndim == 2
-  sizes = CHANNEL_CHUNK_SIZES if channel else CHUNK_SIZES
-  size = chunk_size or dispatch.by_platform(**sizes)
-  chunk.power_of_two("chunk_size", size)
+  size = decay.chunk_size(chunk_size, log_decay, CHUNK_SIZES)
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(q, k, v, log_decay, reset, mask)
