@@ -90,6 +90,17 @@ CASES = {
     ),
     {},
   ),
+  "recurrent_gemma": (
+    dict(
+      hidden_size=10,
+      lru_width=12,
+      num_attention_heads=2,
+      conv1d_width=3,
+      hidden_activation="gelu_pytorch_tanh",
+      num_hidden_layers=1,
+    ),
+    {},
+  ),
   "xlstm": (
     dict(
       hidden_size=12,
@@ -207,7 +218,8 @@ def test_wrong_weights(name):
   if name == "kimi_linear":
     params["gate_bias"][:] = 0
   weights = convert.to_weights(name, cell, params)
-  one = next(n for n in sorted(weights) if "norm" in n or n == "A_log")
+  marks = "norm", "A_log", "recurrent_param"
+  one = next(n for n in sorted(weights) if any(m in n for m in marks))
   bad = {n: x for n, x in weights.items() if n != one}
   with pytest.raises(ValueError, match=f"convert.{name}: .*{one} is missing"):
     convert.to_params(name, cell, bad | {"lora.weight": one})
@@ -233,6 +245,7 @@ def test_what_no_cell_can_match():
     ("qwen3_next", dict(rms_norm_eps=1e-6), "rms_norm_eps=1e-06"),
     ("xlstm", dict(use_bias=True), "use_bias=True has no equal"),
     ("kimi_linear", dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    ("recurrent_gemma", dict(hidden_activation="gelu"), "_activation='gelu'"),
   ]
   for name, changes, message in cases:
     with pytest.raises(ValueError, match=message):
@@ -269,6 +282,7 @@ CONFIGS = {
   "mamba2": "Mamba2Config",
   "minimax": "MiniMaxConfig",
   "qwen3_next": "Qwen3NextConfig",
+  "recurrent_gemma": "RecurrentGemmaConfig",
   "xlstm": "xLSTMConfig",
 }
 
@@ -295,7 +309,10 @@ def test_parity(name, changes, options):
   params = convert.to_params(name, cell, weights)
 
   x = r.normal(size=(2, 67, config.hidden_size)).astype(np.float32)
-  extra = (None, None) if name == "minimax" else ()
+  extra = {
+    "minimax": (None, None),
+    "recurrent_gemma": (torch.arange(67)[None], None, False),
+  }.get(name, ())
   with torch.no_grad():
     want = module(torch.tensor(x), *extra)
   want = want[0] if isinstance(want, tuple) else want

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from memzoo.convert import kimi_linear, mamba, mamba2, minimax, qwen3_next
-from memzoo.convert import xlstm
+from memzoo.convert import recurrent_gemma, xlstm
 from memzoo.core import dispatch
 
 # Each has MODULE, the public class, and the three functions below.
@@ -22,6 +22,7 @@ SOURCES: dict[str, ModuleType] = {
   "mamba2": mamba2,
   "minimax": minimax,
   "qwen3_next": qwen3_next,
+  "recurrent_gemma": recurrent_gemma,
   "xlstm": xlstm,
 }
 

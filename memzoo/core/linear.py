@@ -16,19 +16,23 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def dot_blocks(x: jax.Array, w: jax.Array, parts: int) -> jax.Array:
-  """x [D] times matrices that are block-diagonal: heads that do not mix.
+  """x [..., D] times matrices that are block-diagonal: heads that do not mix.
 
   Args:
-    x: [D], heads of N entries, one after the other.
-    w: [D, parts · N], the blocks [N, parts · N] of all heads one under the
-      other; columns are part by part. With one head, [D, parts · D].
+    x: [..., D], heads of N entries, one after the other.
+    w: [D, parts · N] of x's dtype, the blocks [N, parts · N] of all heads one
+      under the other; columns are part by part. With one head, [D, parts · D].
     parts: how many products, as the gates of a cell.
 
   Returns:
-    [parts · D], part by part, and in each head by head.
+    float32 [..., parts · D], part by part, and in each head by head.
   """
   width = w.shape[1] // parts
   if width == w.shape[0]:
-    return x @ w
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+  heads = x.reshape(*x.shape[:-1], -1, width)
   blocks = w.reshape(-1, width, parts, width)
-  return jnp.einsum("hn,hnpm->phm", x.reshape(-1, width), blocks).reshape(-1)
+  y = jnp.einsum(
+    "...hn,hnpm->...phm", heads, blocks, preferred_element_type=jnp.float32
+  )
+  return y.reshape(*x.shape[:-1], -1)
