@@ -1,9 +1,6 @@
-"""flash-linear-attention's functions, on float64 loops over its definitions
-and, where the package is there, on its own naive functions."""
+"""flash-linear-attention's functions, on float64 loops over its definitions; on
+its own naive functions in tests/parity/fla_test.py."""
 
-import importlib
-import importlib.util
-import inspect
 
 import checks
 import jax
@@ -370,94 +367,3 @@ def test_wrong_calls():
     fla.chunk_gla(x["q"], x["k"], x["v"][:, 1:], x["channel"])
   with pytest.raises(AttributeError, match="chunk_gla"):
     fla.chunk_glaa  # noqa: B018
-
-
-QKV = dict(q="q", k="k", v="v")
-# Our function: (their module and function, whether heads come before time
-# there, the arrays of its arguments, and what ours are called otherwise).
-NAIVE = {
-  "chunk_linear_attn": (
-    "linear_attn.naive:naive_recurrent_linear_attn", False, QKV, {},
-  ),
-  "chunk_simple_gla": (
-    "simple_gla.naive:naive_recurrent_simple_gla", False,
-    QKV | dict(g="head"), {},
-  ),
-  "chunk_gla": (
-    "gla.naive:naive_recurrent_gla", False, QKV | dict(gk="channel"),
-    dict(gk="g"),
-  ),
-  "chunk_retention": ("retention.naive:naive_retention", True, QKV, {}),
-  "chunk_rwkv6": (
-    "rwkv6.recurrent_naive:naive_recurrent_rwkv6", True,
-    QKV | dict(w="channel", u="u"), dict(q="r"),
-  ),
-  "chunk_delta_rule": (
-    "delta_rule.naive:delta_rule_recurrence", True, QKV | dict(beta="beta"), {},
-  ),
-  "chunk_gated_delta_rule": (
-    "gated_delta_rule.naive:naive_recurrent_gated_delta_rule", False,
-    QKV | dict(g="head", beta="beta"), {},
-  ),
-  "chunk_kda": (
-    "kda.naive:naive_recurrent_kda", False,
-    QKV | dict(g="channel", beta="beta"), {},
-  ),
-  "chunk_gdn2": (
-    "gdn2.naive:naive_recurrent_gdn2", False,
-    QKV | dict(g="channel", b="erase", w="write"), {},
-  ),
-  "chunk_dplr_delta_rule": (
-    "generalized_delta_rule.dplr.naive:dplr_recurrence", True,
-    QKV | dict(alpha="a", beta="b", gk="channel"), dict(alpha="a", beta="b"),
-  ),
-  "chunk_iplr_delta_rule": (
-    "generalized_delta_rule.iplr.naive:iplr_recurrence", True,
-    QKV | dict(alpha="a", beta="b"), dict(alpha="a", beta="b"),
-  ),
-  "chunk_gsa": (
-    "gsa.naive:naive_recurrent_gsa", False,
-    QKV | dict(s="slots", g="slot_gate"), {},
-  ),
-  "parallel_based": ("based.naive:naive_parallel_based", True, QKV, {}),
-}  # fmt: skip
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("name", NAIVE)
-def test_the_same_script_both_ways(name):
-  """A program that finds its function by its name, run on theirs and on ours:
-  values and the final state, where theirs gives it."""
-  torch = pytest.importorskip("torch")
-  if importlib.util.find_spec("fla") is None:
-    pytest.skip("flash-linear-attention is missing")
-  where, heads_first, arguments, renamed = NAIVE[name]
-  arrays = draw()
-
-  def script(module, function, make, known_as=lambda n: n):
-    op = getattr(importlib.import_module(module), function)
-    given = {known_as(n): make(arrays[x]) for n, x in arguments.items()}
-    accepted = inspect.signature(op).parameters
-    if "output_final_state" in accepted:
-      given["output_final_state"] = True
-    if name == "chunk_linear_attn":
-      given["normalize"] = False
-    out = op(**given)
-    return jax.tree.leaves(out if isinstance(out, tuple) else (out,))
-
-  def theirs(x):
-    x = np.asarray(x)
-    x = np.swapaxes(x, 1, 2) if heads_first and x.ndim > 2 else x
-    return torch.tensor(np.ascontiguousarray(x))
-
-  module, _, function = where.partition(":")
-  want = [np.asarray(z) for z in script(f"fla.ops.{module}", function, theirs)]
-  if heads_first:
-    want[0] = np.swapaxes(want[0], 1, 2)
-  got = script(
-    "memzoo.compat.fla", name, jnp.asarray, lambda n: renamed.get(n, n)
-  )
-  assert len(want) >= (
-    1 if name in ("parallel_based", "chunk_retention") else 2
-  )
-  assert checks.relative(got[: len(want)], want) < checks.FORWARD
