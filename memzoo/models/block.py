@@ -31,7 +31,8 @@ class BlockOptions:
   Attributes:
     mlp: 'gelu', 'relu', 'silu', or gated 'geglu', 'swiglu'.
     mlp_width: hidden width of the MLP; None for 4 D (gated: 8 D / 3), 0 for a
-      block without one: a mixer only.
+      block without one: a mixer only. A `Stack` also takes a tuple, one width
+      for each cell of its list.
     dropout: rate on what each branch adds to the residual.
     norm: 'rms' or 'layer', before each branch.
     conv_size: taps of a causal short convolution in front of the memory; 0
@@ -44,7 +45,7 @@ class BlockOptions:
   """
 
   mlp: str = "gelu"
-  mlp_width: int | None = None
+  mlp_width: int | tuple[int | None, ...] | None = None
   dropout: float = 0.0
   norm: str = "rms"
   conv_size: int = 0
@@ -57,10 +58,12 @@ class BlockOptions:
           f"Block: unknown {field} {getattr(self, field)!r}; "
           + dispatch.nearest(getattr(self, field), known)
         )
-    for field in ("mlp_width", "conv_size"):
-      value = getattr(self, field)
-      if value is None and field == "mlp_width":
-        continue
+    if isinstance(self.mlp_width, list):  # out of JSON
+      object.__setattr__(self, "mlp_width", tuple(self.mlp_width))
+    widths = self.mlp_width
+    widths = widths if isinstance(widths, tuple) else (widths,)
+    sizes = [("mlp_width", n) for n in widths if n is not None]
+    for field, value in (*sizes, ("conv_size", self.conv_size)):
       if type(value) is not int or value < 0:
         raise ValueError(
           f"Block: {field} must be an integer, 0 or more, got {value!r}"

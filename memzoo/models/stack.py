@@ -85,24 +85,35 @@ class Stack(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.cells = pattern(cells, depth)
-    if depth is None:
-      depth = len(cells) if isinstance(cells, (list, tuple)) else 1
-    self.repeats = depth // len(self.cells)
+    given = tuple(cells) if isinstance(cells, (list, tuple)) else (cells,)
+    depth = len(given) if depth is None else depth
     self.options = options = options or BlockOptions()
+    widths = options.mlp_width
+    if isinstance(widths, tuple):
+      if len(widths) != len(given):
+        raise ValueError(
+          f"Stack: mlp_width has {len(widths)} widths for a list of "
+          f"{len(given)} cell(s): {widths}"
+        )
+      self.cells = given
+    else:
+      widths = (widths,) * len(self.cells)
+    self.repeats = depth // len(self.cells)
     if type(unroll) is not int or unroll < 1:
       raise ValueError(
         f"Stack: unroll must be a positive integer, got {unroll!r}"
       )
     self.unroll = unroll
 
-    def block(key, cell):
-      return Block(cell, options, rngs=nnx.Rngs(params=key))
+    def block(key, cell, width):
+      own = dataclasses.replace(options, mlp_width=width)
+      return Block(cell, own, rngs=nnx.Rngs(params=key))
 
     self.blocks = nnx.List(
-      jax.vmap(functools.partial(block, cell=cell))(
+      jax.vmap(functools.partial(block, cell=cell, width=width))(
         jax.random.split(rngs.params(), self.repeats)
       )
-      for cell in self.cells
+      for cell, width in zip(self.cells, widths)
     )
 
   @property
