@@ -1,5 +1,6 @@
 """Measures and data that the suites share."""
 
+import dataclasses
 import re
 
 import jax
@@ -131,6 +132,34 @@ def learn(cell, draw, steps, rate=1e-2, seed=0):
 
   params, accuracy = train(jax.random.key(seed))
   return params, float(accuracy)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOut(memzoo.Cell):
+  """A cell and a linear layer on its outputs."""
+
+  cell: memzoo.Cell
+
+  @property
+  def d_model(self):
+    return self.cell.d_model
+
+  def init(self, key):
+    key, key_out = jax.random.split(key)
+    shape = (self.d_model, self.d_model)
+    out = jax.random.normal(key_out, shape) * self.d_model**-0.5
+    return {
+      "cell": self.cell.init(key),
+      "out": out,
+      "bias": jnp.zeros(shape[1]),
+    }
+
+  def initial_state(self, params, key=None):
+    return self.cell.initial_state(params["cell"], key)
+
+  def step(self, params, state, x):
+    state, y = self.cell.step(params["cell"], state, x)
+    return state, y @ params["out"] + params["bias"]
 
 
 def pairs(key, count=6, keys=4, values=4, rewrite=False):
