@@ -49,6 +49,7 @@ from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7
 from memzoo.cells.rnn.elman import Elman as Elman
 from memzoo.cells.rnn.gru import GRU as GRU
 from memzoo.cells.rnn.lstm import LSTM as LSTM
+from memzoo.cells.rnn.qrnn import QRNN as QRNN
 from memzoo.cells.rnn.sru import SRU as SRU
 from memzoo.cells.slot.token_turing_machine import (
   TokenTuringMachine as TokenTuringMachine,
