@@ -197,3 +197,15 @@ def marked_bit(key, length=12):
   xs = xs.at[when, 1].set(1.0)
   targets = jnp.where(bits[when], 1, 0) * jnp.ones(length, jnp.int32)
   return xs, targets, (jnp.arange(length) >= when).astype(jnp.float32)
+
+
+def early_bit(key, length=60):
+  """A bit among the first four inputs, noise beside it and after it: input
+  [bit, noise …]; the last output is to name it."""
+  k_bit, k_when, k_noise = jax.random.split(key, 3)
+  bit = jax.random.bernoulli(k_bit)
+  xs = 0.3 * jax.random.normal(k_noise, (length, 6)).at[:, 0].set(0.0)
+  when = jax.random.randint(k_when, (), 0, 4)
+  xs = xs.at[when, 0].set(jnp.where(bit, 1.0, -1.0))
+  targets = jnp.where(bit, 1, 0) * jnp.ones(length, jnp.int32)
+  return xs, targets, jax.nn.one_hot(length - 1, length)
