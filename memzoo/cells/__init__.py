@@ -49,6 +49,9 @@ from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7
 from memzoo.cells.rnn.elman import Elman as Elman
 from memzoo.cells.rnn.gru import GRU as GRU
 from memzoo.cells.rnn.ind_rnn import IndRNN as IndRNN
+from memzoo.cells.rnn.long_expressive_memory import (
+  LongExpressiveMemory as LongExpressiveMemory,
+)
 from memzoo.cells.rnn.lstm import LSTM as LSTM
 from memzoo.cells.rnn.qrnn import QRNN as QRNN
 from memzoo.cells.rnn.sru import SRU as SRU
