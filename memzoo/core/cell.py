@@ -30,6 +30,9 @@ class Cell(Protocol):
     causal: output t depends on inputs up to t alone.
     differentiable: gradients mean something in every float leaf.
     resettable: `reset` is served.
+    convolutions: those of `implementations` that refuse a `reset`
+      (NotImplementedError) and are causal up to rounding alone: Fourier
+      transforms of the whole sequence.
   """
 
   d_model: int
@@ -40,6 +43,7 @@ class Cell(Protocol):
   causal: ClassVar[bool] = True
   differentiable: ClassVar[bool] = True
   resettable: ClassVar[bool] = True
+  convolutions: ClassVar[tuple[str, ...]] = ()
 
   @property
   def x_spec(self) -> Any:

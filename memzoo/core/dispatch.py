@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 
 IMPLEMENTATIONS = (
-  "step", "scan", "assoc", "chunk", "dense", "pallas", "pallas_split", "jla",
-  "tokamax", "cudnn",
+  "step", "scan", "assoc", "chunk", "fft", "dense", "pallas", "pallas_split",
+  "jla", "tokamax", "cudnn",
 )  # fmt: skip
 
 # Order of preference by platform and op; '' is every op that is not named.
