@@ -59,6 +59,7 @@ from memzoo.cells.rnn.sru import SRU as SRU
 from memzoo.cells.slot.token_turing_machine import (
   TokenTuringMachine as TokenTuringMachine,
 )
+from memzoo.cells.ssm.lmu import LMU as LMU
 from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.mamba import Mamba as Mamba
 from memzoo.cells.ssm.mamba2 import Mamba2 as Mamba2
