@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
   "lmu",
   family="ssm",
   year=2019,
-  paper="Voelker et al. 2019, doi:10.5555/3454287.3455685",
+  paper="Voelker et al. 2019, NeurIPS 32",
   write="Legendre coefficients of a window",
   evidence="silver",
   tiny=dict(d_model=5, order=7, theta=9.0),
@@ -59,7 +59,8 @@ class LMU(cell.Cell):
   Differs: h has the width of the input.
   Paper: Voelker, Kajić, Eliasmith 2019, "Legendre Memory Units: Continuous-Time
     Representation in Recurrent Neural Networks", NeurIPS 2019,
-    doi:10.5555/3454287.3455685, eq. 1 to 7; ZOH and starting values as there.
+    eq. 1 to 7, with its ZOH and starting values; A and B are of Voelker and
+    Eliasmith 2018, doi:10.1162/neco_a_01046.
   """
 
   d_model: int
