@@ -288,10 +288,11 @@ def power(transition, count: int, h):
 def _emit(h, local: Local):
   if local.cut is None:
     return local.y + _dot("cdrn,dn->cdr", local.read, h)
+  cut = local.cut[:, None]
   good = jnp.isfinite(h).all(axis=1)
   y = _dot("cdrn,dn->cdr", local.read, jnp.where(good[:, None], h, 0))
-  y = jnp.where(good[:, None], y, jnp.nan)
-  return local.y + jnp.where(local.cut[:, None, None], 0, y)
+  y = local.y + jnp.where(cut[..., None], 0, y)
+  return jnp.where((cut | good)[..., None], y, jnp.nan)
 
 
 FUNCTION = chunk.ChunkFunction(_prepare, _advance, _emit)
