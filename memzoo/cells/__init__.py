@@ -61,6 +61,7 @@ from memzoo.cells.slot.token_turing_machine import (
 )
 from memzoo.cells.ssm.lmu import LMU as LMU
 from memzoo.cells.ssm.lru import LRU as LRU
+from memzoo.cells.ssm.lssl import LSSL as LSSL
 from memzoo.cells.ssm.mamba import Mamba as Mamba
 from memzoo.cells.ssm.mamba2 import Mamba2 as Mamba2
 from memzoo.cells.ssm.rg_lru import RGLRU as RGLRU
