@@ -66,6 +66,7 @@ from memzoo.cells.ssm.mamba import Mamba as Mamba
 from memzoo.cells.ssm.mamba2 import Mamba2 as Mamba2
 from memzoo.cells.ssm.rg_lru import RGLRU as RGLRU
 from memzoo.cells.ssm.parallel_lmu import ParallelLMU as ParallelLMU
+from memzoo.cells.ssm.s4 import S4 as S4
 from memzoo.cells.ssm.s4d import S4D as S4D
 from memzoo.cells.ssm.s5 import S5 as S5
 from memzoo.cells.table.product_key import ProductKey as ProductKey
