@@ -57,8 +57,8 @@ class S5(cell.Cell):
     option for streams without end. The activation and norm around the state
     space are the model's.
   Paper: Smith, Warrington, Linderman 2022, "Simplified State Space Layers for
-    Sequence Modeling", arXiv:2208.04933, section 3 (layer, parallel scan) and
-    4.3 (initialization), appendix B (conjugate symmetry, blocks, timescales).
+    Sequence Modeling", arXiv:2208.04933, sections 3 (layer, parallel
+    scan) and 4 (initialization), appendix B (symmetry, blocks, timescales).
   """
 
   d_model: int
