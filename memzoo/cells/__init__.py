@@ -59,6 +59,7 @@ from memzoo.cells.rnn.sru import SRU as SRU
 from memzoo.cells.slot.token_turing_machine import (
   TokenTuringMachine as TokenTuringMachine,
 )
+from memzoo.cells.ssm.hyena import Hyena as Hyena
 from memzoo.cells.ssm.lmu import LMU as LMU
 from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.lssl import LSSL as LSSL

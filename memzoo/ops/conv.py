@@ -1,4 +1,4 @@
-"""Causal short convolution, depthwise, with its state.
+"""Causal convolution of W taps, depthwise, with its state.
 
   y_t = Σ_w kernel_w ⊙ x_{t−W+1+w} + bias ,  w = 0 … W − 1
 
@@ -46,13 +46,17 @@ def conv(
     bias: [D] or None.
     reset: bool [T]; True: the inputs before step t are forgotten.
     mask: bool [T]; False: no step t.
-    implementation: 'scan', 'chunk' (the whole sequence at once), or None.
+    implementation: 'scan', 'chunk' (the whole sequence at once, W times),
+      'fft' (the same by Fourier transforms, for as many taps as there are
+      steps: no reset, and an output feels later inputs by about 1e-7 of their
+      size), or None.
 
   Returns:
     (state [W − 1, D], y [T, D] in x's dtype).
 
   Raises:
     ValueError: on wrong shapes or dtypes.
+    NotImplementedError: on a reset in the 'fft' form.
   """
   if jnp.ndim(x) != 2:
     arguments.fail("conv", "x", "floating [T, D]", x)
@@ -72,6 +76,7 @@ def conv(
       lambda s, i: step(s, i.x, kernel, bias), state, inputs, None
     ),
     "chunk": lambda: _whole(state, inputs, kernel, bias),
+    "fft": lambda: _whole(state, inputs, kernel, bias, fourier=True),
   }
   return dispatch.run("conv", forms, implementation)
 
@@ -82,8 +87,13 @@ class Inputs(NamedTuple):
   mask: jax.Array | None
 
 
-def _whole(state, inputs: Inputs, kernel, bias):
+def _whole(state, inputs: Inputs, kernel, bias, fourier: bool = False):
   x, reset, mask = inputs
+  if fourier and reset is not None:
+    raise NotImplementedError(
+      "a Fourier transform of the whole sequence cannot reset; use 'scan' or "
+      "'chunk', or one call for each document"
+    )
   length, taps = x.shape[0], kernel.shape[0]
   dtype = x.dtype
   count = length
@@ -97,18 +107,22 @@ def _whole(state, inputs: Inputs, kernel, bias):
     count = place[-1] + 1
   rows = jnp.concatenate([state, x.astype(state.dtype)])
   index = jnp.arange(length)
-  windows = [rows[w : w + length] for w in range(taps)]
   segment = None
   if reset is not None:
     segment = jnp.concatenate(
       [jnp.zeros((taps - 1,), jnp.int32), jnp.cumsum(reset.astype(jnp.int32))]
     )
-    here = segment[taps - 1 :]
-    windows = [
-      jnp.where((segment[w : w + length] == here)[:, None], r, 0)
-      for w, r in enumerate(windows)
-    ]
-  y = _taps_to_output(jnp.stack(windows), kernel, bias, dtype)
+  if fourier:
+    y = _fourier(rows, kernel, bias, dtype)
+  else:
+    windows = [rows[w : w + length] for w in range(taps)]
+    if segment is not None:
+      here = segment[taps - 1 :]
+      windows = [
+        jnp.where((segment[w : w + length] == here)[:, None], r, 0)
+        for w, r in enumerate(windows)
+      ]
+    y = _taps_to_output(jnp.stack(windows), kernel, bias, dtype)
   last = jax.lax.dynamic_slice_in_dim(rows, count, taps - 1)
   if segment is not None:
     held = jax.lax.dynamic_slice_in_dim(segment, count, taps - 1)
@@ -118,6 +132,18 @@ def _whole(state, inputs: Inputs, kernel, bias):
   if mask is not None:
     y = jnp.where(mask[:, None], y[jnp.where(mask, place, index)], 0)
   return last, y
+
+
+def _fourier(rows, kernel, bias, dtype):
+  """rows [W − 1 + T, D], kernel [W, D] -> [T, D]."""
+  # Circular: what wraps around meets the first W − 1 outputs alone.
+  size = rows.shape[0]
+  spectrum = lambda x: jnp.fft.rfft(x.astype(jnp.float32), n=size, axis=0)
+  y = jnp.fft.irfft(spectrum(rows) * spectrum(kernel[::-1]), n=size, axis=0)
+  y = y[kernel.shape[0] - 1 :]
+  if bias is not None:
+    y = y + bias.astype(jnp.float32)
+  return y.astype(dtype)
 
 
 def _taps_to_output(taps, kernel, bias, dtype):
