@@ -451,6 +451,8 @@ def test_jit_changes_nothing(name, subject):
 # Options that change how every form computes; the equations they are held to
 # are in the tests of the cell.
 VARIANTS = [
+  ("atlas", dict(optimizer="gradient")),
+  ("atlas", dict(activation="geglu", objective="dot")),
   ("gru", dict(num_heads=2)),
   ("gru", dict(num_heads=3, reset_after=True)),
   ("lstm", dict(num_heads=2)),

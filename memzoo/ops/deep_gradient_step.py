@@ -48,7 +48,17 @@ from memzoo.ops.gradient_step import (
   _task,
 )
 
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+def _geglu(z):
+  """gelu(a) ⊙ b of the halves of z [..., 2N]: [..., N]."""
+  a, b = jnp.split(z, 2, axis=-1)
+  return jax.nn.gelu(a) * b
+
+
+ACTIVATIONS = {
+  "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu,
+  "geglu": _geglu,
+}  # fmt: skip
 MAX_DEPTH = 4
 NO_NORM = Learner(None)
 
@@ -116,8 +126,9 @@ def step(
   act, depth = ACTIVATIONS[activation], len(state.model)
   anchor = state.model if state.anchor is None else state.anchor
   x, target = _task(k, v, residual)
+  criterion = partial(_gradient, learner=learner)
   xs, gs, loss = _backward(
-    *_maps(anchor, jnp.matmul), depth, x, target, learner, act
+    *_maps(anchor, jnp.matmul), depth, x, target, criterion, act
   )
   model, momentum = [], []
   for n in range(depth):
@@ -182,7 +193,8 @@ def deep_gradient_step(
     learner: the rates λ [n] of the places in a mini-batch (None: all are 1),
       and the layer norm (None: there is none).
     residual: f(x) = x + …; needs K = V.
-    activation: between layers: 'gelu', 'relu' or 'silu'.
+    activation: between layers: 'gelu', 'relu', 'silu', or 'geglu', gelu of one
+      half of a layer's units times the other.
     reset: bool [T]; True: the memory is `fresh`, without momentum, and a
       mini-batch starts.
     mask: bool [T]; False: no token t. It takes no place in a mini-batch.
@@ -376,15 +388,14 @@ def _answer(base, weights, xs, gs, rate, rates, q, biased, act, mm):
     act: the activation.
     mm: the matmul.
   """
-  x = q
   for n, w in enumerate(weights):
+    x = act(z) if n else q
     scores = mm(x, xs[n].T) + (1.0 if biased[n] else 0.0)
     scores = scores * w.tokens * chunk.row(_column_of(rate, n))
     z, anchor = base(n, x)
     z = z - mm(scores, gs[n])
     if rates is not None:
       z = anchor + rates * (z - anchor)
-    x = act(z)
   return z
 
 
@@ -396,8 +407,9 @@ def _mini_batch(
   mm = partial(chunk.matmul, dtype=inputs.q.dtype)
   slots = inputs.q.shape[0]
   x, target = _task(inputs.k, inputs.v, residual)
+  criterion = partial(_gradient, learner=learner)
   xs, gs, loss = _backward(
-    *_maps(state.anchor, mm), depth, x, target, learner, act
+    *_maps(state.anchor, mm), depth, x, target, criterion, act
   )
   rate = chunk.where(inputs.mask, inputs.rate.astype(jnp.float32), 0.0)
   every, end = _of_layers(
@@ -482,7 +494,8 @@ def _chunk(
     return chunk.where(first, a, chunk.where(live, b, c))
 
   # What (a) has learned where it is full.
-  xs, gs, _ = _backward(*_maps(anchor, mm), depth, x, target, learner, act)
+  criterion = partial(_gradient, learner=learner)
+  xs, gs, _ = _backward(*_maps(anchor, mm), depth, x, target, criterion, act)
   arrival = [_at(w, filled) for w in every]
   second, past = _arrive(arrival, model, momentum, xs, gs, first * rate, mm)
   second = _rebased(anchor, second, _final_rate(learner))
@@ -493,7 +506,7 @@ def _chunk(
   xs, gs, loss = _backward(
     lambda n, x: choose(*predict(starts, n, x)),
     lambda n, g: choose(*(mm(g, m[n].w.T) for m in starts)),
-    depth, x, target, learner, act,
+    depth, x, target, criterion, act,
   )  # fmt: skip
 
   def base(n, x):
@@ -594,7 +607,7 @@ def _apply(model, x, act, mm):
   return _predict(model[-1], x, mm)
 
 
-def _backward(predict, pull, depth, x, target, learner, act):
+def _backward(predict, pull, depth, x, target, criterion, act):
   """The inner loss and its gradients, by hand.
 
   Args:
@@ -603,7 +616,7 @@ def _backward(predict, pull, depth, x, target, learner, act):
     depth: L.
     x: [..., K].
     target: [..., V].
-    learner: the layer norm.
+    criterion: (z, target) -> (∂ℓ/∂z, ℓ [..., 1]).
     act: the activation.
 
   Returns:
@@ -611,14 +624,13 @@ def _backward(predict, pull, depth, x, target, learner, act):
   """
   xs, slopes = [x], []
   for n in range(depth - 1):
-    z = predict(n, xs[n])
-    y, slope = jax.jvp(act, (z,), (jnp.ones_like(z),))
+    y, slope = jax.vjp(act, predict(n, xs[n]))
     xs.append(y)
     slopes.append(slope)
-  g, loss = _gradient(predict(depth - 1, xs[-1]), target, learner)
+  g, loss = criterion(predict(depth - 1, xs[-1]), target)
   gs = [g]
   for n in range(depth - 1, 0, -1):
-    g = pull(n, g) * slopes[n - 1]
+    (g,) = slopes[n - 1](pull(n, g))
     gs.insert(0, g)
   return xs, gs, loss
 
@@ -630,8 +642,13 @@ def _norm(model, xs, gs):
     (square(x) + (0.0 if layer.b is None else 1.0)) * square(g)
     for layer, x, g in zip(model, xs, gs)
   )
-  some = total > 0
-  return jnp.where(some, jnp.sqrt(jnp.where(some, total, 1.0)), 0.0)
+  return _root(total)
+
+
+def _root(square):
+  """sqrt, with gradient 0 at 0."""
+  some = square > 0
+  return jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
 
 
 def _check(
@@ -639,6 +656,34 @@ def _check(
   fresh,
 ):  # fmt: skip
   who = "deep_gradient_step"
+  check_memory(
+    who, state, q, k, v, gates["log_momentum"], size, activation, reset, mask,
+    fresh,
+  )  # fmt: skip
+  length, width, values = *jnp.shape(k), jnp.shape(v)[1]
+  if residual and width != values:
+    raise ValueError(
+      f"{who}: residual needs K = V, got K={width} and V={values}"
+    )
+  for name, gate in gates.items():
+    if gate is not None:
+      layers = () if jnp.ndim(gate) == 1 else (len(state.model),)
+      arguments.check_array(who, name, gate, (length, *layers))
+  if learner.rates is not None:
+    arguments.check_array(who, "learner.rates", learner.rates, (size,))
+  if (learner.norm_scale is None) != (learner.norm_bias is None):
+    raise ValueError(
+      f"{who}: learner.norm_scale and learner.norm_bias go together"
+    )
+  for what, x in zip(("norm_scale", "norm_bias"), learner[1:]):
+    if x is not None:
+      arguments.check_array(who, f"learner.{what}", x, (values,))
+
+
+def check_memory(
+  who, state, q, k, v, log_momentum, size, activation, reset, mask, fresh
+):
+  """What an op on a deep memory, in mini-batches, asks of its arguments."""
   if activation not in ACTIVATIONS:
     raise ValueError(
       f"{who}: unknown activation {activation!r}; "
@@ -652,46 +697,28 @@ def _check(
       f"{who}: a memory has 1 to {MAX_DEPTH} layers, got {depth}"
     )
   # The whole memory is checked as one map from K to V.
-  widths = [jnp.shape(state.model[0].w)[0], jnp.shape(state.model[-1].w)[-1]]
-  whole = jax.ShapeDtypeStruct(tuple(widths), jnp.result_type(state.model[0].w))
+  ends = jnp.shape(state.model[0].w)[0], jnp.shape(state.model[-1].w)[-1]
+  whole = jax.ShapeDtypeStruct(ends, jnp.result_type(state.model[0].w))
   arguments.check_matrix_op(who, whole, q, k, v, reset=reset, mask=mask)
-  length, (width, values) = jnp.shape(q)[0], widths
-  if residual and width != values:
-    raise ValueError(
-      f"{who}: residual needs K = V, got K={width} and V={values}"
-    )
-  for name, gate in gates.items():
-    if gate is not None:
-      want = (length,) if jnp.ndim(gate) == 1 else (length, depth)
-      arguments.check_array(who, name, gate, want)
   models = {"state.model": state.model, "fresh": fresh}
   models |= {"state.anchor": state.anchor, "state.momentum": state.momentum}
   for name, model in models.items():
     if model is not None:
-      _check_model(who, name, model, state.model)
+      _check_model(who, name, model, state.model, activation)
   if (state.anchor is None) != (size == 1):
     raise ValueError(
       f"{who}: a state has an anchor where size > 1, and none where it is 1; "
       f"got size={size}: make it with start(model, size={size})"
     )
-  if (state.momentum is None) != (gates["log_momentum"] is None):
+  if (state.momentum is None) != (log_momentum is None):
     raise ValueError(
       f"{who}: log_momentum and state.momentum go together; make the state "
       "with start(model, size=…, momentum=True)"
     )
-  if learner.rates is not None:
-    arguments.check_array(who, "learner.rates", learner.rates, (size,))
-  if (learner.norm_scale is None) != (learner.norm_bias is None):
-    raise ValueError(
-      f"{who}: learner.norm_scale and learner.norm_bias go together"
-    )
-  for what, x in zip(("norm_scale", "norm_bias"), learner[1:]):
-    if x is not None:
-      arguments.check_array(who, f"learner.{what}", x, (values,))
   arguments.check_array(who, "state.phase", state.phase, (), jnp.integer)
 
 
-def _check_model(who, name, model, like):
+def _check_model(who, name, model, like, activation):
   if len(model) != len(like):
     raise ValueError(
       f"{who}: {name} must have {len(like)} layers, as state.model has, got "
@@ -706,3 +733,10 @@ def _check_model(who, name, model, like):
     if layer.b is not None:
       arguments.check_array(who, f"{name}[{n}].b", layer.b, (out,))
     width = out
+    if activation == "geglu" and n + 1 < len(like):
+      if out % 2:
+        raise ValueError(
+          f"{who}: geglu takes an even number of units, got {name}[{n}].w "
+          f"with {out}"
+        )
+      width = out // 2

@@ -1,10 +1,13 @@
 """Feature maps of linear attention: [..., K] -> [..., F], not negative where
 the paper needs a positive normaliser."""
 
+import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memzoo.core import dispatch
 from memzoo.ops import chunk
@@ -44,6 +47,33 @@ def taylor(x):
     ],
     axis=-1,
   )
+
+
+def polynomial(x, roots):
+  """Every monomial of degree p or less, weighed by roots r [..., p + 1] so that
+  φ(x)·φ(y) = Σ_i r_i² (x·y)^i; r_i² = 1 / i! is the Taylor polynomial of
+  exp(x·y). F = (K + p)! / (K! p!). Behrouz et al. 2025, arXiv:2505.23735,
+  section 3.1 and eq. 5."""
+  single, roots, parts = x.astype(jnp.float32), roots.astype(jnp.float32), []
+  for degree in range(roots.shape[-1]):
+    index, weight = _monomials(x.shape[-1], degree)
+    part = roots[..., degree : degree + 1] * weight
+    part = jnp.broadcast_to(part, x.shape[:-1] + weight.shape)
+    for factor in index.T:
+      part = part * single[..., factor]
+    parts.append(part)
+  return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+
+
+@functools.cache
+def _monomials(width: int, degree: int):
+  """Factors int32 [F, degree], and the roots of how often (Σ x)^degree has
+  each product."""
+  index = list(itertools.combinations_with_replacement(range(width), degree))
+  repeats = lambda m: math.prod(math.factorial(m.count(n)) for n in set(m))
+  times = [math.factorial(degree) // repeats(m) for m in index]
+  index = np.array(index, np.int32).reshape(len(times), degree)
+  return index, np.sqrt(times).astype(np.float32)
 
 
 def dpfp(x, nu: int = 1):
