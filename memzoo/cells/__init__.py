@@ -62,6 +62,9 @@ from memzoo.cells.slot.token_turing_machine import (
 )
 from memzoo.cells.ssm.hyena import Hyena as Hyena
 from memzoo.cells.ssm.lmu import LMU as LMU
+from memzoo.cells.ssm.fast_and_forgetful import (
+  FastAndForgetful as FastAndForgetful,
+)
 from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.lssl import LSSL as LSSL
 from memzoo.cells.ssm.mamba import Mamba as Mamba
