@@ -48,6 +48,9 @@ from memzoo.cells.matrix.rwkv6 import RWKV6 as RWKV6
 from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7
 from memzoo.cells.rnn.co_rnn import CoRNN as CoRNN
 from memzoo.cells.rnn.elman import Elman as Elman
+from memzoo.cells.rnn.echo_state_network import (
+  EchoStateNetwork as EchoStateNetwork,
+)
 from memzoo.cells.rnn.elm_neuron import ELMNeuron as ELMNeuron
 from memzoo.cells.rnn.gru import GRU as GRU
 from memzoo.cells.rnn.ind_rnn import IndRNN as IndRNN
