@@ -277,11 +277,13 @@ def test_a_muon_step_has_singular_values_near_one(form):
 
 
 @pytest.mark.parametrize("form", ["scan", "chunk"])
-def test_deep_linear_attention_of_a_matrix_is_attention(form):
-  """Eq. 26: with the inner product, one matrix, α = 1 and c = 1 the memory gives
-  Σ_i v_i exp(q·k_i), without its normaliser, up to the degree of φ."""
+@pytest.mark.parametrize("window", [1, 3])
+def test_linear_attention_of_a_matrix_is_attention(window, form):
+  """Eq. 26: with the inner product, one matrix, α = 1 and c = 1 (DLA) the memory
+  gives Σ_i v_i exp(q·k_i), without its normaliser, up to the degree of φ. With
+  a longer window (SWLA, eq. 20) a pair is written as long as it is there."""
   cell = memzoo.make(
-    "atlas", d_model=4, window=1, degree=6, objective="dot", conv_size=1,
+    "atlas", d_model=4, window=window, degree=6, objective="dot", conv_size=1,
     optimizer="gradient", memory_depth=1, mini_batch_size=4,
   )  # fmt: skip
   params = gated(cell, alpha=1 - 1e-7, eta=1 - 1e-6, gamma=1 - 1e-6)
@@ -292,7 +294,9 @@ def test_deep_linear_attention_of_a_matrix_is_attention(form):
   unit = lambda z: z / np.sqrt(np.sum(z**2, -1, keepdims=True) + 1e-6)
   q, k, v = unit(u[:, :4]), unit(u[:, 4:8]), u[:, 8:]
   phi = np.stack([polynomial(x, params["taylor"][0]) for x in q])
-  assert checks.relative(phi @ model[0].w[0], np.exp(q @ k.T) @ v) < 1e-3
+  times = np.minimum(window, np.arange(len(xs), 0, -1))
+  want = np.exp(q @ k.T) @ (times[:, None] * v)
+  assert checks.relative(phi @ model[0].w[0], want) < 1e-3
 
 
 def test_learns_to_recall_what_was_written():
