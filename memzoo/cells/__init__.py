@@ -61,6 +61,7 @@ from memzoo.cells.rnn.lstm import LSTM as LSTM
 from memzoo.cells.rnn.min_gru import MinGRU as MinGRU
 from memzoo.cells.rnn.min_lstm import MinLSTM as MinLSTM
 from memzoo.cells.rnn.qrnn import QRNN as QRNN
+from memzoo.cells.rnn.slstm import SLSTM as SLSTM
 from memzoo.cells.rnn.sru import SRU as SRU
 from memzoo.cells.slot.token_turing_machine import (
   TokenTuringMachine as TokenTuringMachine,
