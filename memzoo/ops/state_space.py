@@ -31,7 +31,7 @@ def step(h, u, transition, write, read):
 
 
 def state_space(
-  h: axes.Matrix,
+  h: jax.Array,
   u: axes.Xs,
   *,
   transition: jax.Array,
