@@ -1,6 +1,7 @@
 """From tokens or floats to features: what the sequence models share."""
 
 import dataclasses
+import functools
 import numbers
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ class Encoder(nnx.Module):
   """Embedding, a stack of blocks, norm.
 
   Args:
-    cells: one cell, or a list (a hybrid), bottom first.
+    cells: one cell, or a list (a hybrid), bottom first; or what takes the
+      place of `Stack` and its first two arguments.
     depth: number of blocks; None for the length of the list.
     vocab_size: of inputs int [B, T]; or
     d_input: width of inputs float [B, T, d_input].
@@ -69,9 +71,9 @@ class Encoder(nnx.Module):
     self.vocab_size, self.d_input = vocab_size, d_input
     self.positions = check_size("positions", positions, 0)
     self.dtype = _dtype(dtype)
-    self.stack = Stack(
-      cells, depth, make_options(**options), unroll=unroll, rngs=rngs
-    )
+    if not callable(cells):
+      cells = functools.partial(Stack, cells, depth)
+    self.stack = cells(make_options(**options), unroll=unroll, rngs=rngs)
     width = self.d_model
     table = lambda rows: nnx.Param(
       0.02 * jax.random.normal(rngs.params(), (rows, width))
@@ -92,8 +94,7 @@ class Encoder(nnx.Module):
   @property
   def max_length(self) -> int | None:
     """The most inputs that a fresh state can take; None for no limit."""
-    limits = [cell.max_length for cell in self.stack.cells]
-    limits.append(self.positions or None)
+    limits = [self.stack.max_length, self.positions or None]
     return min((n for n in limits if n is not None), default=None)
 
   def initial_state(self, batch: int, key: jax.Array | None = None) -> State:

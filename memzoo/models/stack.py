@@ -121,6 +121,12 @@ class Stack(nnx.Module):
     """Number of blocks."""
     return self.repeats * len(self.cells)
 
+  @property
+  def max_length(self) -> int | None:
+    """The most inputs that a fresh state can take; None for no limit."""
+    limits = [cell.max_length for cell in self.cells]
+    return min((n for n in limits if n is not None), default=None)
+
   def initial_state(self, batch: int, key: jax.Array | None = None):
     """The memory of `batch` rows before their first input.
 

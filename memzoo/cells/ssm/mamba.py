@@ -138,7 +138,7 @@ class Mamba(cell.Cell):
     buffer, x = conv_step(state.conv, x, params["conv"], params["conv_bias"])
     s = self._select(params, x)
     h, y = selective_step(state.h, s.x, s.dt, _a(params), s.b, s.c)
-    return State(h, buffer), _output(params, y, s.x, z)
+    return State(h, buffer), self._output(params, y, s.x, z)
 
   def parallel(self, params, state, xs, reset, mask, implementation):
     # Block by block, each recomputed in the backward: the layer's many
@@ -154,7 +154,7 @@ class Mamba(cell.Cell):
         state.h, s.x, s.dt, _a(params), s.b, s.c, reset=i.reset, mask=i.mask,
         implementation=implementation,
       )  # fmt: skip
-      return State(h, buffer), _output(params, y, s.x, z)
+      return State(h, buffer), self._output(params, y, s.x, z)
 
     inputs = Inputs(xs, reset, mask)
     size = even_blocks(xs.shape[0])
@@ -171,6 +171,10 @@ class Mamba(cell.Cell):
     dt = jax.nn.softplus(dt + params["dt_bias"].astype(jnp.float32))
     return Selection(x, dt, b, c)
 
+  def _output(self, params, y, x, z):
+    y = y + params["d"].astype(x.dtype) * x
+    return dot(y * jax.nn.silu(z), params["out"])
+
 
 class Inputs(NamedTuple):
   xs: jax.Array
@@ -180,8 +184,3 @@ class Inputs(NamedTuple):
 
 def _a(params):
   return -jnp.exp(params["a_log"].astype(jnp.float32))
-
-
-def _output(params, y, x, z):
-  y = y + params["d"].astype(x.dtype) * x
-  return dot(y * jax.nn.silu(z), params["out"])
