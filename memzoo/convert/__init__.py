@@ -13,9 +13,10 @@ from types import ModuleType
 
 from memzoo.convert import kimi_linear, mamba, mamba2, minimax, qwen3_next
 from memzoo.convert import recurrent_gemma, xlstm
+from memzoo.convert import rwkv6, rwkv7, xlstm
 from memzoo.core import dispatch
 
-# Each has MODULE, the public class, and the three functions below.
+# Each has MODULE, the public class or function, and the three functions below.
 SOURCES: dict[str, ModuleType] = {
   "kimi_linear": kimi_linear,
   "mamba": mamba,
@@ -23,6 +24,8 @@ SOURCES: dict[str, ModuleType] = {
   "minimax": minimax,
   "qwen3_next": qwen3_next,
   "recurrent_gemma": recurrent_gemma,
+  "rwkv6": rwkv6,
+  "rwkv7": rwkv7,
   "xlstm": xlstm,
 }
 
@@ -46,7 +49,7 @@ def make(name: str, config: Mapping, **options):
   Args:
     name: of the source.
     config: the model's configuration as a dict.
-    **options: of the source: minimax takes `layer_index`.
+    **options: of the source: minimax and rwkv7 take `layer_index`.
 
   Raises:
     ValueError: on an entry that is missing, or that no option of the cell can
