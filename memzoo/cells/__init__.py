@@ -57,6 +57,7 @@ from memzoo.cells.rnn.ind_rnn import IndRNN as IndRNN
 from memzoo.cells.rnn.long_expressive_memory import (
   LongExpressiveMemory as LongExpressiveMemory,
 )
+from memzoo.cells.rnn.hgrn import HGRN as HGRN
 from memzoo.cells.rnn.lstm import LSTM as LSTM
 from memzoo.cells.rnn.min_gru import MinGRU as MinGRU
 from memzoo.cells.rnn.min_lstm import MinLSTM as MinLSTM
