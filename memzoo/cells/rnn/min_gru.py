@@ -27,6 +27,7 @@ class State(NamedTuple):
   paper="Feng et al. 2024, arXiv:2410.01201",
   write="gated mix",
   evidence="silver",
+  parity="minGRU-pytorch 0.2, minGRU",
   tiny=dict(d_model=5, d_state=7),
 )
 @dataclasses.dataclass(frozen=True)

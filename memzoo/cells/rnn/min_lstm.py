@@ -27,6 +27,7 @@ class State(NamedTuple):
   paper="Feng et al. 2024, arXiv:2410.01201",
   write="gated mix of two gates",
   evidence="silver",
+  parity="minGRU-pytorch 0.2, minLSTM",
   tiny=dict(d_model=5, d_state=7),
 )
 @dataclasses.dataclass(frozen=True)
