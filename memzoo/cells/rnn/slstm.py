@@ -44,7 +44,7 @@ class Gates(NamedTuple):
   year=2024,
   paper="Beck et al. 2024, arXiv:2405.04517",
   write="exponential gate, decay, add",
-  evidence="silver",
+  evidence="gold",
   parity="xlstm 2.0, sLSTMLayer",
   tiny=dict(d_model=6, num_heads=2, conv_size=3),
 )
