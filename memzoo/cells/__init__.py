@@ -72,6 +72,7 @@ from memzoo.cells.ssm.lmu import LMU as LMU
 from memzoo.cells.ssm.fast_and_forgetful import (
   FastAndForgetful as FastAndForgetful,
 )
+from memzoo.cells.ssm.b_mojo import BMojo as BMojo
 from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.lssl import LSSL as LSSL
 from memzoo.cells.ssm.mamba import Mamba as Mamba
