@@ -64,6 +64,7 @@ from memzoo.cells.rnn.min_lstm import MinLSTM as MinLSTM
 from memzoo.cells.rnn.qrnn import QRNN as QRNN
 from memzoo.cells.rnn.slstm import SLSTM as SLSTM
 from memzoo.cells.rnn.sru import SRU as SRU
+from memzoo.cells.rnn.unicornn import UnICORNN as UnICORNN
 from memzoo.cells.slot.token_turing_machine import (
   TokenTuringMachine as TokenTuringMachine,
 )
