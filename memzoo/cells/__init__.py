@@ -47,11 +47,11 @@ from memzoo.cells.matrix.retnet import RetNet as RetNet
 from memzoo.cells.matrix.rwkv6 import RWKV6 as RWKV6
 from memzoo.cells.matrix.rwkv7 import RWKV7 as RWKV7
 from memzoo.cells.rnn.co_rnn import CoRNN as CoRNN
-from memzoo.cells.rnn.elman import Elman as Elman
 from memzoo.cells.rnn.echo_state_network import (
   EchoStateNetwork as EchoStateNetwork,
 )
 from memzoo.cells.rnn.elm_neuron import ELMNeuron as ELMNeuron
+from memzoo.cells.rnn.elman import Elman as Elman
 from memzoo.cells.rnn.gru import GRU as GRU
 from memzoo.cells.rnn.ind_rnn import IndRNN as IndRNN
 from memzoo.cells.rnn.long_expressive_memory import (
@@ -70,6 +70,9 @@ from memzoo.cells.slot.token_turing_machine import (
 )
 from memzoo.cells.ssm.hyena import Hyena as Hyena
 from memzoo.cells.ssm.lmu import LMU as LMU
+from memzoo.cells.spiking.liquid_state_machine import (
+  LiquidStateMachine as LiquidStateMachine,
+)
 from memzoo.cells.ssm.fast_and_forgetful import (
   FastAndForgetful as FastAndForgetful,
 )
