@@ -14,10 +14,14 @@ from types import ModuleType
 from memzoo.convert import kimi_linear, mamba, mamba2, minimax, qwen3_next
 from memzoo.convert import recurrent_gemma, xlstm
 from memzoo.convert import rwkv6, rwkv7, xlstm
+from memzoo.convert import falcon_mamba, kimi_linear, mamba, mamba2, minimax
+from memzoo.convert import qwen3_next, rwkv6, rwkv7, xlstm
 from memzoo.core import dispatch
 
-# Each has MODULE, the public class or function, and the three functions below.
+# Each has MODULE, the public class or function, and the three functions below;
+# those of whole models have `to_config`, the inverse of `make`, too.
 SOURCES: dict[str, ModuleType] = {
+  "falcon_mamba": falcon_mamba,
   "kimi_linear": kimi_linear,
   "mamba": mamba,
   "mamba2": mamba2,

@@ -13,11 +13,54 @@ MODULE = "transformers.models.mamba.modeling_mamba.MambaMixer"
 
 def make(config: Mapping) -> Mamba:
   """The cell of a `MambaConfig`, as `to_dict` gives it."""
-  lib.check_config(WHO, config, use_bias=False, hidden_act="silu")
-  names = "hidden_size", "state_size", "intermediate_size", "conv_kernel"
-  d, n, e, taps = lib.read(WHO, config, *names)
-  (rank,) = lib.read(WHO, config, "time_step_rank")
-  return Mamba(d_model=d, d_state=n, expand=e / d, conv_size=taps, dt_rank=rank)
+  return make_mixer(WHO, config)
+
+
+def to_config(cell: Mamba) -> dict:
+  """What `make` reads."""
+  lib.check_cell(WHO, cell, Mamba, select_norm=None)
+  return mixer_config(cell)
+
+
+def to_params(cell: Mamba, weights: lib.Weights) -> dict:
+  """The mixer's weights as params; without conv1d.bias it is zero."""
+  lib.check_cell(WHO, cell, Mamba, select_norm=None)
+  return mixer_params(WHO, cell, weights)
+
+
+def to_weights(cell: Mamba, params: Mapping) -> dict:
+  """Params as the mixer's weights."""
+  lib.check_cell(WHO, cell, Mamba, select_norm=None)
+  return mixer_weights(WHO, cell, params)
+
+
+# What Falcon Mamba's mixer has too. `who` is of messages.
+
+
+def make_mixer(who: str, config: Mapping, **options) -> Mamba:
+  lib.check_config(who, config, use_bias=False, hidden_act="silu")
+  names = "hidden_size", "state_size", "conv_kernel", "time_step_rank"
+  d, n, taps, rank = lib.read(who, config, *names)
+  # Some files have an `expand` that their weights do not follow.
+  e = config.get("intermediate_size") or d * lib.read(who, config, "expand")[0]
+  return Mamba(
+    d_model=d, d_state=n, expand=e / d, conv_size=taps,
+    dt_rank=None if rank == "auto" else rank, **options,
+  )  # fmt: skip
+
+
+def mixer_config(cell: Mamba) -> dict:
+  return {
+    "hidden_size": cell.d_model,
+    "state_size": cell.d_state,
+    "intermediate_size": cell.d_inner,
+    "expand": lib.whole(cell.expand),
+    "conv_kernel": cell.conv_size,
+    "time_step_rank": cell.rank,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+  }
 
 
 def _shapes(cell) -> dict:
@@ -35,13 +78,11 @@ def _shapes(cell) -> dict:
   }
 
 
-def to_params(cell: Mamba, weights: lib.Weights) -> dict:
-  """The mixer's weights as params; without conv1d.bias it is zero."""
-  lib.check_cell(WHO, cell, Mamba)
+def mixer_params(who: str, cell: Mamba, weights: lib.Weights) -> dict:
   shapes = _shapes(cell)
   if "conv1d.bias" not in weights:
     weights = {**weights, "conv1d.bias": np.zeros(shapes["conv1d.bias"], "f")}
-  w = lib.take(WHO, weights, shapes)
+  w = lib.take(who, weights, shapes)
   return lib.as_params(
     **{
       "in": w["in_proj.weight"].T,
@@ -57,10 +98,8 @@ def to_params(cell: Mamba, weights: lib.Weights) -> dict:
   )
 
 
-def to_weights(cell: Mamba, params: Mapping) -> dict:
-  """Params as the mixer's weights."""
-  lib.check_cell(WHO, cell, Mamba)
-  p = lib.params_of(WHO, cell, params)
+def mixer_weights(who: str, cell: Mamba, params: Mapping) -> dict:
+  p = lib.params_of(who, cell, params)
   return lib.as_weights(
     {
       "in_proj.weight": p["in"].T,

@@ -28,6 +28,24 @@ def make(config: Mapping) -> Mamba2:
   )  # fmt: skip
 
 
+def to_config(cell: Mamba2) -> dict:
+  """What `make` reads, and the module beside it."""
+  lib.check_cell(WHO, cell, Mamba2)
+  return {
+    "hidden_size": cell.d_model,
+    "state_size": cell.d_state,
+    "expand": lib.whole(cell.expand),
+    "num_heads": cell.num_heads,
+    "head_dim": cell.head_width,
+    "n_groups": cell.num_groups,
+    "conv_kernel": cell.conv_size,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "layer_norm_epsilon": 1e-5,
+  }
+
+
 def _shapes(cell) -> dict:
   d, e, h = cell.d_model, cell.d_inner, cell.num_heads
   width = e + 2 * cell.num_groups * cell.d_state

@@ -91,6 +91,11 @@ def as_weights(arrays: Mapping) -> dict:
   return {name: np.ascontiguousarray(x) for name, x in arrays.items()}
 
 
+def whole(x: float):
+  """x as an int where it is one."""
+  return int(x) if x == int(x) else x
+
+
 def to_taps(kernel):
   """A depthwise Conv1d's kernel [N, 1, W] -> taps [W, N], newest last."""
   return kernel[:, 0].T

@@ -30,9 +30,10 @@ def paper(cell, params, us):
     seen = [*seen, xz[:channels]]
     x = p["conv_bias"] + sum(k * s for k, s in zip(p["conv"], seen[-width:]))
     x, z = silu(x), xz[channels:]
-    chosen = x @ p["select"]
-    b, c = chosen[r : r + n], chosen[r + n :]
-    delta = np.log1p(np.exp(chosen[:r] @ p["dt"] + p["dt_bias"]))
+    low, b, c = np.split(x @ p["select"], [r, r + n])
+    if (eps := cell.select_norm) is not None:  # Falcon Mamba
+      low, b, c = (z / np.sqrt(np.mean(z * z) + eps) for z in (low, b, c))
+    delta = np.log1p(np.exp(low @ p["dt"] + p["dt_bias"]))
     y = np.zeros(channels)
     for e in range(channels):
       a = -np.exp(p["a_log"][e])
@@ -42,7 +43,10 @@ def paper(cell, params, us):
   return (h, np.stack(seen[1 - width :])), np.stack(ys)
 
 
-@pytest.mark.parametrize("options", (dict(), dict(conv_size=4, dt_rank=None)))
+@pytest.mark.parametrize(
+  "options",
+  (dict(), dict(conv_size=4, dt_rank=None), dict(select_norm=1e-3)),
+)
 def test_paper_equation(options):
   cell = memzoo.tiny("mamba", **options)
   params = cell.init(jax.random.key(0))
@@ -154,6 +158,7 @@ def test_memory_budget(form):
     (dict(expand=0.3), "must be a positive whole number"),
     (dict(dt_rank=-1), "dt_rank must be a positive integer"),
     (dict(dt_min=0.2), "0 < dt_min <= dt_max"),
+    (dict(select_norm=0.0), "select_norm is the eps of a norm, above 0"),
   ),
 )
 def test_bad_options(options, message):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from memzoo.core import cell, initializers
 from memzoo.core.linear import dot
 from memzoo.core.registry import register
-from memzoo.ops import arguments, chunk
+from memzoo.ops import arguments, chunk, norm
 from memzoo.ops.conv import conv, empty as conv_empty, step as conv_step
 from memzoo.ops.selective_scan import (
   even_blocks,
@@ -41,6 +41,7 @@ class Selection(NamedTuple):
   paper="Gu and Dao 2023, arXiv:2312.00752",
   write="selected decay and add",
   evidence="silver",
+  parity="transformers 5.23, MambaMixer; mambapy 1.2, MambaBlock",
   tiny=dict(d_model=6, d_state=5, expand=1.5, conv_size=3, dt_rank=2),
 )
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Mamba(cell.Cell):
     h_t  = exp(Δ ⊗ A) ⊙ h_{t−1} + (Δ ⊙ x) Bᵀ                      (2a), (4)
     y_t  = W_out ((h_t C + D ⊙ x) ⊙ silu(z))                      (2b)
 
-  E = expand D channels, each with N states; A = −exp(a_log).
+  E = expand D channels, each with N states; A = −exp(a_log). With
+  `select_norm`, its eps, W_r x, B and C are divided by their root mean square
+  (Falcon Mamba).
 
   State: h [E, N] float32 and conv [W − 1, E] float32, from zero.
   Params: in [D, 2E], conv [W, E], conv_bias [E], select [E, R + 2N] (W_r, W_B,
@@ -68,7 +71,8 @@ class Mamba(cell.Cell):
     authors' code has it. R is ceil(D / 16) unless given, as there.
   Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective
     State Spaces", arXiv:2312.00752, eq. 2 and 4, algorithm 2, sections 3.4
-    and 3.6.
+    and 3.6. Norms: Zuo et al. 2024, "Falcon Mamba: The First Competitive
+    Attention-free 7B Language Model", arXiv:2410.05355.
   """
 
   d_model: int
@@ -78,6 +82,7 @@ class Mamba(cell.Cell):
   dt_rank: int | None = None
   dt_min: float = 1e-3
   dt_max: float = 0.1
+  select_norm: float | None = None
 
   op: ClassVar[str] = "selective_scan"
   implementations: ClassVar[tuple[str, ...]] = ("scan", "chunk")
@@ -90,6 +95,11 @@ class Mamba(cell.Cell):
       raise ValueError(
         f"Mamba: expand · d_model must be a positive whole number, got "
         f"expand={self.expand!r}, d_model={self.d_model!r}"
+      )
+    if self.select_norm is not None and self.select_norm <= 0:
+      raise ValueError(
+        "Mamba: select_norm is the eps of a norm, above 0, or None, got "
+        f"{self.select_norm!r}"
       )
     if not 0 < self.dt_min <= self.dt_max:
       raise ValueError(
@@ -166,7 +176,10 @@ class Mamba(cell.Cell):
   def _select(self, params, x) -> Selection:
     x = jax.nn.silu(x)
     split = [self.rank, self.rank + self.d_state]
-    low, b, c = jnp.split(dot(x, params["select"]), split, axis=-1)
+    parts = jnp.split(dot(x, params["select"]), split, axis=-1)
+    if self.select_norm is not None:
+      parts = [norm.rms_norm(p, eps=self.select_norm) for p in parts]
+    low, b, c = parts
     dt = dot(low, params["dt"]).astype(jnp.float32)
     dt = jax.nn.softplus(dt + params["dt_bias"].astype(jnp.float32))
     return Selection(x, dt, b, c)
