@@ -1,7 +1,8 @@
 """Weights of public modules as params of cells, and back.
 
 Pure functions on flat dicts of numpy arrays, as a module's `state_dict` holds
-them: no network, no other framework, and no file is touched.
+them: no network, no other framework, and no file is touched. Folders of whole
+models are `memzoo.convert.checkpoint`'s.
 
 >>> cell = convert.make('mamba2', config.to_dict())
 >>> params = convert.to_params('mamba2', cell, weights)
