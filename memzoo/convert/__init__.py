@@ -12,11 +12,8 @@ models are `memzoo.convert.checkpoint`'s.
 from collections.abc import Mapping
 from types import ModuleType
 
-from memzoo.convert import kimi_linear, mamba, mamba2, minimax, qwen3_next
-from memzoo.convert import recurrent_gemma, xlstm
-from memzoo.convert import rwkv6, rwkv7, xlstm
 from memzoo.convert import falcon_mamba, kimi_linear, mamba, mamba2, minimax
-from memzoo.convert import qwen3_next, rwkv6, rwkv7, xlstm
+from memzoo.convert import qwen3_next, recurrent_gemma, rwkv6, rwkv7, xlstm
 from memzoo.core import dispatch
 
 # Each has MODULE, the public class or function, and the three functions below;
