@@ -36,6 +36,7 @@ class Read(NamedTuple):
   paper="Yang et al. 2024, arXiv:2406.06484",
   write="erase, add",
   evidence="silver",
+  parity="fla-core 0.6, delta_rule (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Read(NamedTuple):
   paper="Hatamizadeh et al. 2026, arXiv:2605.22791",
   write="decay per channel, gated erase, gated add",
   evidence="silver",
+  parity="fla-core 0.6, gdn2 (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )
 @dataclasses.dataclass(frozen=True)

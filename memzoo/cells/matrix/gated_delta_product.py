@@ -37,6 +37,7 @@ class Read(NamedTuple):
   paper="Siems et al. 2025, arXiv:2502.10297",
   write="decay, several erasures and additions",
   evidence="silver",
+  parity="fla-core 0.6, gated_delta_product (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )
 @dataclasses.dataclass(frozen=True)

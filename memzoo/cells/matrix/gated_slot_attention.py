@@ -37,6 +37,7 @@ class Write(NamedTuple):
   paper="Zhang et al. 2024, arXiv:2409.07146",
   write="mix into slots",
   evidence="silver",
+  parity="fla-core 0.6, gsa (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, num_slots=5),
 )
 @dataclasses.dataclass(frozen=True)

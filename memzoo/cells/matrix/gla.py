@@ -34,6 +34,7 @@ class Read(NamedTuple):
   paper="Yang et al. 2023, arXiv:2312.06635",
   write="decay per channel and add",
   evidence="silver",
+  parity="fla-core 0.6, gla (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, gate_rank=3),
 )
 @dataclasses.dataclass(frozen=True)

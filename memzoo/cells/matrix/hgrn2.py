@@ -34,6 +34,7 @@ class Read(NamedTuple):
   paper="Qin et al. 2024, arXiv:2404.07904",
   write="forget, add what was freed",
   evidence="silver",
+  parity="fla-core 0.6, gla (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=3, layer_index=1, num_layers=3),
 )
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ class State(NamedTuple):
   paper="Katharopoulos et al. 2020, arXiv:2006.16236",
   write="add",
   evidence="silver",
+  parity="fla-core 0.6, linear_attn (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=3, conv_size=3),
 )
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Read(NamedTuple):
   paper="von Oswald et al. 2025, arXiv:2506.05233",
   write="decay, add; solved at the read",
   evidence="silver",
+  parity="fla-core 0.6, mesa_net (its op)",
   tiny=dict(
     d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3,
     solver_steps=8,

@@ -37,6 +37,7 @@ class Read(NamedTuple):
   paper="Sun et al. 2023, arXiv:2307.08621",
   write="fixed decay and add",
   evidence="silver",
+  parity="fla-core 0.6, retention (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75),
 )
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Read(NamedTuple):
   paper="Peng et al. 2024, arXiv:2404.05892",
   write="decay per channel and add",
   evidence="silver",
+  parity="rwkv 0.8.32, att_seq_v6_0; fla-core 0.6 (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=3, mix_rank=2, decay_rank=2),
 )
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ class State(NamedTuple):
   paper="Cho et al. 2014, arXiv:1406.1078",
   write="gated mix",
   evidence="silver",
+  parity="torch 2.13, GRU (reset_after)",
   tiny=dict(d_model=6),
 )
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ class State(NamedTuple):
   paper="Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735",
   write="gated add",
   evidence="silver",
+  parity="torch 2.13, LSTM",
   tiny=dict(d_model=6),
 )
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ class State(NamedTuple):
   paper="Orvieto et al. 2023, arXiv:2303.06349",
   write="decay and add",
   evidence="silver",
+  parity="memax 0.1.1, LRU",
   tiny=dict(d_model=6, d_state=5),
 )
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,7 @@ class State(NamedTuple):
   paper="Behrouz et al. 2024, arXiv:2501.00663",
   write="gradient step with momentum and decay",
   evidence="silver",
+  parity="titans-pytorch 0.5.5, NeuralMemory (what it learns)",
   tiny=dict(d_model=22, num_heads=2, mini_batch_size=4, conv_size=3),
 )
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Titans(cell.Cell):
     is a number, as in the first version; the published one has [0, 1]^{d_in}.
     M(x), its width 4 K and gelu are the published version's; the first says
     MLPs, which `memory_norm=False` is. LN is not learned online. Heads are
-    ours. titans-pytorch takes one step of momentum and forgetting a chunk, by
-    the chunk's mean input, and reads the memory of the chunk before.
+    ours. In chunks of one token titans-pytorch is this rule, but for LN.
   Paper: Behrouz, Zhong, Mirrokni 2024, "Titans: Learning to Memorize at Test
     Time", arXiv:2501.00663, eq. 8 to 18, sections 3.1, 3.2 and 4.4; and the
     published version (NeurIPS 2025), section 3.3, appendices E and F.

@@ -40,6 +40,7 @@ class State(NamedTuple):
   paper="Sun et al. 2024, arXiv:2407.04620",
   write="mini-batch gradient step",
   evidence="silver",
+  parity="fla-core 0.6, ttt (its op)",
   tiny=dict(
     d_model=12, num_heads=2, mini_batch_size=4, backbone="mamba", conv_size=3
   ),
@@ -72,10 +73,9 @@ class TTTLinear(cell.Cell):
     O(D (K + n)) a token, in T / n sequential steps of matmuls.
   Differs: the loss has a ½, as the code's gradient. Maps start with variance
     1 / D (the code's 0.02² suits D near 2500). Rotary pairs are halves.
-  Paper: Sun, Li, Dalal, Xu, Vikram, Zhang, Dubois, Chen, Wang, Koyejo,
-    Hashimoto, Guestrin 2024, "Learning to (Learn at Test Time): RNNs with
-    Expressive Hidden States", arXiv:2407.04620, sections 2.3 to 2.7; rates,
-    norms and starting values as in the authors' code (ttt-lm-jax).
+  Paper: Sun, Li, Dalal and others 2024, "Learning to (Learn at Test Time): RNNs
+    with Expressive Hidden States", arXiv:2407.04620, sections 2.3 to 2.7;
+    rates, norms and starting values as in the authors' code (ttt-lm-jax).
   """
 
   d_model: int
