@@ -54,7 +54,12 @@ def test_memory(kernel, given):
   for form in ("scan", "chunk"):
     run = jax.jit(
       lambda s, q, k, v, i, f, form=form: batched(exponential_attention)(
-        s, q * K**-0.5, k, v, log_input=i, log_decay=jax.nn.log_sigmoid(f),
+        s,
+        q * K**-0.5,
+        k,
+        v,
+        log_input=i,
+        log_decay=jax.nn.log_sigmoid(f),
         implementation=form,
       )  # fmt: skip
     )
