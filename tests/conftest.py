@@ -1,5 +1,6 @@
 """Strict by default: dtype promotion, warnings, and a compilation cache."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -50,6 +51,8 @@ def pytest_configure(config):
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     whole &= not config.getoption("--record")
     os.environ["MEMZOO_TEST_SAMPLE"] = str(int(whole))
+  if config.getoption("--minutes") is not None:
+    config.option.loadscopereorder = False  # the largest files are not first
   config.addinivalue_line("markers", "parity: needs the [parity] extra")
   config.addinivalue_line("markers", "nans: makes NaN on purpose")
 
@@ -68,6 +71,22 @@ def nan_checks(request):
   """A NaN out of any compiled function is an error, but in tests of `nans`."""
   with jax.debug_nans(request.node.get_closest_marker("nans") is None):
     yield
+
+
+# A process may hold 65,530 memory maps (Linux' default), of which every
+# compiled function takes a few; the compiler crashes where there are no more.
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS, TESTS_A_LOOK = 30_000, 50
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def compiled_functions():
+  """Drops what was compiled long before it is more than a process may hold."""
+  yield
+  if next(_tests) % TESTS_A_LOOK == 0 and MAPS.exists():
+    if MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+      jax.clear_caches()
 
 
 ROOT = pathlib.Path(__file__).parent.parent
