@@ -76,7 +76,7 @@ def nan_checks(request):
 # A process may hold 65,530 memory maps (Linux' default), of which every
 # compiled function takes a few; the compiler crashes where there are no more.
 MAPS = pathlib.Path("/proc/self/maps")
-MOST_MAPS, TESTS_A_LOOK = 30_000, 50
+MOST_MAPS, TESTS_A_LOOK = 12_000, 20
 _tests = itertools.count(1)
 
 
