@@ -35,7 +35,7 @@ class Read(NamedTuple):
   year=2024,
   paper="Yang et al. 2024, arXiv:2406.06484",
   write="erase, add",
-  evidence="silver",
+  evidence="gold",
   parity="fla-core 0.6, delta_rule (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )

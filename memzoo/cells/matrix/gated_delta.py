@@ -36,7 +36,7 @@ class Read(NamedTuple):
   year=2024,
   paper="Yang et al. 2024, arXiv:2412.06464",
   write="decay, erase, add",
-  evidence="silver",
+  evidence="gold",
   parity="transformers 5.23, Qwen3NextGatedDeltaNet; fla-core 0.6 (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )

@@ -36,7 +36,7 @@ class Read(NamedTuple):
   year=2025,
   paper="Siems et al. 2025, arXiv:2502.10297",
   write="decay, several erasures and additions",
-  evidence="silver",
+  evidence="gold",
   parity="fla-core 0.6, gated_delta_product (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )

@@ -36,7 +36,7 @@ class Read(NamedTuple):
   year=2025,
   paper="Kimi Team 2025, arXiv:2510.26692",
   write="decay per channel, erase, add",
-  evidence="silver",
+  evidence="gold",
   parity="transformers 5.23, KimiLinearDeltaAttention; fla-core 0.6 (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=4, expand_v=0.75, conv_size=3),
 )
