@@ -151,8 +151,9 @@ def _apply(effect, s):
 
 
 def _scaled(scale, s):
-  # What is cleared is cleared, infinities too.
-  return jnp.where(scale == 0, 0.0, scale * s)
+  # What is cleared is cleared before it is multiplied: infinities stop there,
+  # and so do their gradients.
+  return scale * jnp.where(scale == 0, 0.0, s)
 
 
 def _advance(s, local: Local):
