@@ -107,7 +107,7 @@ class Stack(nnx.Module):
 
     def block(key, cell, width):
       own = dataclasses.replace(options, mlp_width=width)
-      return Block(cell, own, rngs=nnx.Rngs(params=key))
+      return self._block(cell, own, nnx.Rngs(params=key))
 
     self.blocks = nnx.List(
       jax.vmap(functools.partial(block, cell=cell, width=width))(
@@ -115,6 +115,10 @@ class Stack(nnx.Module):
       )
       for cell, width in zip(self.cells, widths)
     )
+
+  def _block(self, cell, options, rngs):
+    """What a layer is made of: other stacks have other blocks."""
+    return Block(cell, options, rngs=rngs)
 
   @property
   def depth(self) -> int:
