@@ -81,6 +81,7 @@ from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.lssl import LSSL as LSSL
 from memzoo.cells.ssm.mamba import Mamba as Mamba
 from memzoo.cells.ssm.mamba2 import Mamba2 as Mamba2
+from memzoo.cells.ssm.mamba3 import Mamba3 as Mamba3
 from memzoo.cells.ssm.rg_lru import RGLRU as RGLRU
 from memzoo.cells.ssm.parallel_lmu import ParallelLMU as ParallelLMU
 from memzoo.cells.ssm.s4 import S4 as S4

@@ -81,6 +81,29 @@ def conv(
   return dispatch.run("conv", forms, implementation)
 
 
+def shift(last, x, *, reset=None, mask=None):
+  """The last input and the input before each: zeros before the first one.
+
+  Args:
+    last: float32 [D], the input before x.
+    x: [T, D].
+    reset: bool [T] or None.
+    mask: bool [T] or None.
+
+  Returns:
+    ([D] float32, [T, D] in x's dtype).
+  """
+  rows = jnp.concatenate([last[None], x.astype(last.dtype)])
+  end, before = rows[-1], rows[:-1]
+  if mask is not None:
+    newest = jax.lax.cummax(jnp.where(mask, jnp.arange(1, len(rows)), 0))
+    end, before = rows[newest[-1]], rows[jnp.roll(newest, 1).at[0].set(0)]
+    reset = None if reset is None else reset & mask
+  if reset is not None:
+    before = jnp.where(reset[:, None], 0, before)
+  return end, before.astype(x.dtype)
+
+
 class Inputs(NamedTuple):
   x: jax.Array
   reset: jax.Array | None

@@ -5,10 +5,16 @@ difference of their positions alone.
   θ_i = base^(−2 i / K) ,  i = 0 … K/2 − 1
   (x_i, x_{i+K/2}) ← rotation by p θ_i of (x_i, x_{i+K/2})
 
+Where the angles come from the inputs instead, they add up from token to token
+(`running_angle`) and turn the pairs as they are (`turn_pairs`).
+
 Source: Su et al. 2021, arXiv:2104.09864, eq. 14, 15 and 34. The paper pairs
 the channels (2i, 2i + 1); here they are paired by halves (i, i + K/2), as in
 most public checkpoints: the same map after a permutation of the channels.
+`turn_pairs` has the paper's pairs.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +61,49 @@ def rotary(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return turned.astype(x.dtype)
+
+
+def turn_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:
+  """Turns the channels (2i, 2i + 1), i < S, of x [..., N] by angle [..., S];
+  those from 2S on stay. In x's dtype; float32 inside."""
+  turned = 2 * angle.shape[-1]
+  y = x.astype(jnp.float32)
+  even, odd = y[..., :turned:2], y[..., 1:turned:2]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  pairs = pairs.reshape(pairs.shape[:-2] + (turned,))
+  return jnp.concatenate([pairs, y[..., turned:]], axis=-1).astype(x.dtype)
+
+
+def wrap(angle: jax.Array) -> jax.Array:
+  """The same angle in [−π, π]."""
+  turns = jnp.round(angle / (2 * math.pi))
+  # 2π in two parts: in float32 alone it is off by 1.7e-7 each time.
+  return angle - 6.28125 * turns - (2 * math.pi - 6.28125) * turns
+
+
+def running_angle(start, turn, *, reset=None, mask=None):
+  """Sums of turns, each wrapped, so that the error does not grow with them.
+
+  Args:
+    start: float32 [...], the angle to go on from.
+    turn: float32 [T, ...].
+    reset: bool [T] or None; True: the angle is zero before turn t.
+    mask: bool [T] or None; False: no turn t.
+
+  Returns:
+    (the last angle [...], the angle after each turn [T, ...]).
+  """
+  flags = lambda x: x.reshape((-1,) + (1,) * (turn.ndim - 1))
+  cut = jnp.zeros((turn.shape[0],), bool) if reset is None else reset
+  if mask is not None:
+    cut &= mask
+    turn = jnp.where(flags(mask), turn, 0)
+
+  def add(first, second):
+    angle, cut = jnp.where(second[1], 0, first[0]), first[1] | second[1]
+    return wrap(angle + second[0]), cut
+
+  sums, cut = jax.lax.associative_scan(add, (turn, flags(cut)))
+  angles = wrap(sums + jnp.where(cut, 0, start))
+  return angles[-1], angles

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memzoo.ops import rotary as rotary_lib
 from memzoo.ops.rotary import rotary as rotary_op
 
 rotary = jax.jit(rotary_op, static_argnames="base")
@@ -77,3 +78,35 @@ def test_layouts_and_dtypes():
 def test_bad_input(x, positions, words):
   with pytest.raises(ValueError, match=words):
     rotary(jnp.asarray(x), jnp.asarray(positions))
+
+
+def test_turn_pairs():
+  """The paper's pairs, (2i, 2i + 1), as complex numbers; the rest stays."""
+  x = np.random.default_rng(0).normal(size=(T, 3, 7)).astype(np.float32)
+  angle = np.random.default_rng(1).normal(size=(T, 1, 2)).astype(np.float32)
+  z = (x[..., :4:2] + 1j * x[..., 1:4:2]) * np.exp(1j * angle)
+  want = x.copy()
+  want[..., :4:2], want[..., 1:4:2] = z.real, z.imag
+  got = rotary_lib.turn_pairs(jnp.asarray(x), jnp.asarray(angle))
+  assert checks.relative(got, want) < 1e-6
+  half = rotary_lib.turn_pairs(jnp.asarray(x, jnp.bfloat16), jnp.asarray(angle))
+  assert half.dtype == jnp.bfloat16
+
+
+def test_running_angle():
+  """Sums that start again at resets, skip what is masked, and are as exact
+  after a long time as at its start."""
+  r = np.random.default_rng(0)
+  turn = r.uniform(0, 6, size=(3000, 2)).astype(np.float32)
+  start = np.asarray([0.5, -1.0], np.float32)
+  reset, mask = r.random(3000) < 0.001, r.random(3000) < 0.9
+  for flags in (dict(), dict(reset=jnp.asarray(reset), mask=jnp.asarray(mask))):
+    at, want = start.astype(np.float64), np.zeros(turn.shape)
+    for t in range(3000):
+      if not flags or mask[t]:
+        at = (0 if flags and reset[t] else at) + turn[t].astype(np.float64)
+      want[t] = at
+    last, got = jax.jit(rotary_lib.running_angle)(start, turn, **flags)
+    np.testing.assert_array_equal(last, got[-1])
+    assert np.abs(got).max() <= 3.1416
+  assert np.abs(np.exp(1j * np.asarray(got)) - np.exp(1j * want)).max() < 2e-5

@@ -11,7 +11,7 @@ from memzoo.core.linear import dot
 from memzoo.core.registry import register
 from memzoo.ops import arguments, norm
 from memzoo.ops.batched import heads
-from memzoo.ops.conv import conv
+from memzoo.ops.conv import shift
 from memzoo.ops.linear_attention import linear_attention, read, write
 
 _EPS = 64e-5  # of the authors' group norm: 1e-5 times the square of 8
@@ -138,11 +138,11 @@ class RWKV6(cell.Cell):
 
   def parallel(self, params, state, xs, reset, mask, implementation):
     flags = dict(reset=reset, mask=mask)
-    last, before = _shift(state.x, xs, **flags)
+    last, before = shift(state.x, xs, **flags)
     t = self._project(params, xs, before)
     writes = jnp.concatenate([z.astype(jnp.float32) for z in t[1:4]], axis=-1)
     rows = writes.reshape(len(xs), -1)
-    due, ready = _shift(jnp.zeros_like(rows[0]), rows, **flags)
+    due, ready = shift(jnp.zeros_like(rows[0]), rows, **flags)
     k, v, log_w = jnp.split(ready.reshape(writes.shape), 3, axis=-1)
     s, o = heads(linear_attention)(
       state.s, t.r, k.astype(xs.dtype), v.astype(xs.dtype), log_decay=log_w,
@@ -177,17 +177,3 @@ class RWKV6(cell.Cell):
     o = norm.layer_norm(o, params["norm_scale"], params["norm_bias"], _EPS)
     y = jax.nn.silu(t.g) * o
     return dot(y.reshape(y.shape[:-2] + (-1,)), params["out"])
-
-
-def _shift(last, x, reset, mask):
-  """(the last input, the input before each): zeros before the first one.
-
-  Args:
-    last: float32 [D], the input before x.
-    x: [T, D].
-    reset: bool [T] or None.
-    mask: bool [T] or None.
-  """
-  taps = jnp.zeros((2, x.shape[1])).at[0].set(1.0)
-  rows, y = conv(last[None], x, taps, reset=reset, mask=mask)
-  return rows[0], y
