@@ -87,6 +87,9 @@ from memzoo.cells.ssm.parallel_lmu import ParallelLMU as ParallelLMU
 from memzoo.cells.ssm.s4 import S4 as S4
 from memzoo.cells.ssm.s4d import S4D as S4D
 from memzoo.cells.ssm.s5 import S5 as S5
+from memzoo.cells.ssm.state_memory_replay import (
+  StateMemoryReplay as StateMemoryReplay,
+)
 from memzoo.cells.table.product_key import ProductKey as ProductKey
 from memzoo.cells.ttt.atlas import Atlas as Atlas
 from memzoo.cells.ttt.titans import Titans as Titans
