@@ -328,6 +328,7 @@ def report(result: dict[str, Any]) -> str:
   for kind, title in (
     ("op", "Ops"), ("cell", "Cells"),
     ("chunked cell", "Matrix and test-time memories in chunks"),
+    ("diagonal cell", "Diagonal recurrences"),
     ("peer", "Against other packages"),
   ):  # fmt: skip
     chosen = [r for r in rows if r["kind"] == kind]

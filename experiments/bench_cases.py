@@ -41,13 +41,14 @@ class Sizes(NamedTuple):
   cell_batch: int = 4  # cells: [B, T, D]
   cell_length: int = 1024
   d_model: int = 64
-  long: int = 4096  # where one group of a cell is to be long
+  long: int = 4096  # where a group of a cell is to be long
+  state: int = 256  # N, of the cells whose state is a diagonal recurrence
 
 
 FULL = Sizes()
 TINY = Sizes(
   batch=1, length=12, heads=2, width=8, slots=16, half_keys=4, cell_batch=2,
-  cell_length=6, d_model=8, long=10,
+  cell_length=6, d_model=8, long=10, state=16,
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def groups(sizes: Sizes) -> Iterator[timing.Group]:
   yield from op_groups(sizes)
   yield from cell_groups(sizes)
   yield from chunked_cell_groups(sizes)
+  yield from diagonal_cell_groups(sizes)
   wide = sizes.heads * sizes.width
   both = timing.DIRECTIONS[1:]
   yield cell_group(
@@ -388,6 +390,28 @@ def chunked_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
         kind="chunked cell", forms=("step", "chunk"),
         d_model=sizes.heads * sizes.width, **options,
       )  # fmt: skip
+
+
+def diagonal_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
+  """Cells whose state is a diagonal recurrence, of N numbers, real or complex,
+  as the paper of each has them."""
+  n, d = sizes.state, sizes.d_model
+  cells = {
+    "fast_and_forgetful": dict(d_model=d, num_traces=n // 4, num_contexts=4),
+    "hgrn": dict(d_model=d, d_state=n),
+    "lru": dict(d_model=d, d_state=n),
+    "min_gru": dict(d_model=d, d_state=n),
+    "min_lstm": dict(d_model=d, d_state=n),
+    "qrnn": dict(d_model=n),
+    "rg_lru": dict(d_model=d, d_rnn=n),
+    "s4d": dict(d_model=n // 8, d_state=16),
+    "s5": dict(d_model=d, d_state=2 * n),
+  }
+  for name, options in cells.items():
+    yield cell_group(
+      name, sizes.cell_batch, sizes.long, timing.DIRECTIONS[1:],
+      kind="diagonal cell", **options,
+    )  # fmt: skip
 
 
 def cell_group(
