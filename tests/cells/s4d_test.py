@@ -4,7 +4,6 @@ import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import memzoo
@@ -103,40 +102,12 @@ def test_legs_tends_to_s4():
   np.testing.assert_allclose(params["b_re"][1], b.real / 2, rtol=1e-5)
 
 
-def delay_error(cell, params, steps=400, delay=8, length=32):
-  """Trains a cell of one channel to repeat noise `delay` steps later; the mean
-  squared error relative to the noise, on noise not seen."""
-  optimizer = optax.adam(1e-2)
-
-  def loss(params, key):
-    us = jax.random.normal(key, (16, length, 1))
-    run = lambda us: memzoo.scan(cell, params, None, us)[1]
-    ys = jax.vmap(run)(us)
-    return jnp.mean((ys[:, delay:] - us[:, :-delay]) ** 2)
-
-  def step(carry, key):
-    params, state = carry
-    grads = jax.grad(loss)(params, key)
-    with jax.numpy_dtype_promotion("standard"):
-      updates, state = optimizer.update(grads, state)
-    return (optax.apply_updates(params, updates), state), None
-
-  @jax.jit
-  def train(params):
-    keys = jax.random.split(jax.random.key(1), steps)
-    carry = params, optimizer.init(params)
-    params = jax.lax.scan(step, carry, keys)[0][0]
-    return loss(params, jax.random.key(2))
-
-  return float(train(params))
-
-
 def test_signature_behaviour():
   """A delayed copy is learnt. A decaying average c Σ aᵏ u_{t−k} cannot: its
   error is 1 − a¹⁶ (1 − a²) at best, 0.957 at a² = 8/9."""
   options = dict(d_state=16, init_a="lin", dt_min=0.125, dt_max=0.125)
   cell = memzoo.make("s4d", d_model=1, **options)
-  error = delay_error(cell, cell.init(jax.random.key(0)))
+  error = checks.delay_error(cell, cell.init(jax.random.key(0)))
   assert error < 0.25, error
 
 
