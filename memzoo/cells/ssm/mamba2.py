@@ -92,8 +92,8 @@ class Mamba2(cell.Cell):
     )
     if self.expand <= 0 or self.expand * self.d_model % 1:
       raise ValueError(
-        f"Mamba2: expand · d_model must be a positive whole number, got "
-        f"expand={self.expand!r}, d_model={self.d_model!r}"
+        f"{type(self).__name__}: expand · d_model must be a positive whole "
+        f"number, got expand={self.expand!r}, d_model={self.d_model!r}"
       )
     if self.head_dim is not None:
       arguments.check_positive(self, "head_dim")
@@ -101,7 +101,7 @@ class Mamba2(cell.Cell):
     arguments.check_divides(self, "num_groups", "num_heads")
     if not 0 < self.dt_min <= self.dt_max:
       raise ValueError(
-        "Mamba2: needs 0 < dt_min <= dt_max, got "
+        f"{type(self).__name__}: needs 0 < dt_min <= dt_max, got "
         f"dt_min={self.dt_min!r}, dt_max={self.dt_max!r}"
       )
 
