@@ -34,7 +34,7 @@ class State(NamedTuple):
   year=2024,
   paper="Beck et al. 2024, arXiv:2405.04517",
   write="exponential gate, decay, add",
-  evidence="silver",
+  evidence="gold",
   parity="transformers 5.23, xLSTMLayer; mlstm_kernels 2.0.6 (its op)",
   tiny=dict(d_model=6, num_heads=2, conv_size=3, block_size=3),
 )
