@@ -1,7 +1,6 @@
 """flash-linear-attention's functions, on float64 loops over its definitions; on
 its own naive functions in tests/parity/fla_test.py."""
 
-
 import checks
 import jax
 import jax.numpy as jnp
