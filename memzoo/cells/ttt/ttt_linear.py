@@ -39,7 +39,7 @@ class State(NamedTuple):
   year=2024,
   paper="Sun et al. 2024, arXiv:2407.04620",
   write="mini-batch gradient step",
-  evidence="silver",
+  evidence="gold",
   parity="fla-core 0.6, ttt (its op)",
   tiny=dict(
     d_model=12, num_heads=2, mini_batch_size=4, backbone="mamba", conv_size=3
