@@ -70,9 +70,11 @@ def paper(cell, params, xs):
   for t, x in enumerate(np.asarray(xs, np.float64)):
     projected = [*projected, x @ p["qkv"]]
     qkv = silu(sum(c * r for c, r in zip(p["conv"], projected[-width:])))
-    gates = (x @ p["gates"]).reshape(3, h, depth) + p["gate_bias"]
-    alpha, eta, theta = sigmoid(gates)
-    theta = theta / k
+    gates = (x @ p["gates"]).reshape(-1, h, depth) + p["gate_bias"]
+    gates = list(sigmoid(gates))
+    theta, none = gates.pop() / k, np.zeros((h, depth))
+    eta = gates.pop() if cell.momentum else none
+    alpha = gates.pop() if cell.forgetting else none
     y = []
     for j in range(h):
       q, key, v = (qkv[i * d + j * k : i * d + (j + 1) * k] for i in range(3))
@@ -126,6 +128,9 @@ def inputs(cell, length, seed=3):
       dict(memory_depth=4, mini_batch_size=3, memory_norm=False, expansion=2),
       ("chunk",),
     ),
+    (dict(forgetting=False), ("step", "chunk")),
+    (dict(momentum=False), ("step", "chunk")),
+    (dict(forgetting=False, momentum=False, memory_depth=1), ("chunk",)),
   ],
 )
 def test_paper_equation(options, forms):
@@ -138,9 +143,10 @@ def test_paper_equation(options, forms):
     assert checks.relative(ys, y) <= checks.FORWARD, form
     got = reports["surprise"], reports["inner_loss"]
     assert checks.relative(got, (surprise, loss)) <= checks.FORWARD, form
+    kept = (memories, pasts)[: 1 + cell.momentum]
     for n in range(cell.memory_depth):
-      got = state.inner.model[n].w, state.inner.momentum[n].w
-      want = [np.stack([m[n] for m in ms]) for ms in (memories, pasts)]
+      got = [m[n].w for m in (state.inner.model, state.inner.momentum) if m]
+      want = [np.stack([m[n] for m in ms]) for ms in kept]
       assert checks.relative(got, want) <= checks.FORWARD, form
 
 

@@ -57,7 +57,8 @@ class Titans(cell.Cell):
   Each projection passes a short convolution and silu; q and k have unit norm.
   Each layer has its own gates, α, η = σ(W x_t + b) and θ = σ(W x_t + b) / K.
   Each head is a memory; M at the start and LN are learned. Reports, means over
-  heads: `surprise` is ‖∇ℓ(M_{t'}; x_t)‖, and `inner_loss` ℓ.
+  heads: `surprise` is ‖∇ℓ(M_{t'}; x_t)‖, and `inner_loss` ℓ. As table 5 has it,
+  `forgetting` False leaves out α (it is 0), `momentum` False S and its η.
 
   State: inner {model: M_t, anchor: M_{t'} (none where n = 1), momentum: S_t, of
     w [H, N, N'] a layer; phase int32} and conv [W − 1, 3 H K], float32. M
@@ -85,11 +86,14 @@ class Titans(cell.Cell):
   expansion: int = 4
   mini_batch_size: int = 16
   memory_norm: bool = True
+  forgetting: bool = True
+  momentum: bool = True
   conv_size: int = 4
 
   implementations: ClassVar[tuple[str, ...]] = ("scan", "chunk")
   op: ClassVar[str] = "deep_gradient_step"
   reports: ClassVar[tuple[str, ...]] = ("surprise", "inner_loss")
+  head_dim = property(lambda self: self.d_model // self.num_heads)  # K
 
   def __post_init__(self):
     arguments.check_positive(
@@ -97,24 +101,19 @@ class Titans(cell.Cell):
       "mini_batch_size", "conv_size",
     )  # fmt: skip
     arguments.check_divides(self, "num_heads", "d_model")
-    if (n := self.memory_depth) > MAX_DEPTH:
-      want = f"1 to {MAX_DEPTH}"
-      raise ValueError(f"Titans: memory_depth must be {want}, got {n}")
-
-  @property
-  def head_dim(self) -> int:
-    """K."""
-    return self.d_model // self.num_heads
+    if (n := self.memory_depth) > (most := MAX_DEPTH):
+      raise ValueError(f"Titans: memory_depth must be 1 to {most}, got {n}")
 
   def init(self, key) -> dict[str, Any]:
     d, h, k = self.d_model, self.num_heads, self.head_dim
     keys = jax.random.split(key, 5 + self.memory_depth)
     draw, taps = initializers.lecun_normal, self.conv_size
-    bias = jnp.array([-5.0, 0.0, 0.0])  # α = 0.007, η = ½, θ = ½ / K
+    bias = [-5.0] * self.forgetting + [0.0] * self.momentum + [0.0]
+    bias = jnp.array(bias)  # α = 0.007, η = ½, θ = ½ / K
     params = {
       "qkv": draw(keys[0], (d, 3 * d)),
       "conv": initializers.uniform(keys[1], (taps, 3 * d), taps**-0.5),
-      "gates": draw(keys[2], (d, 3 * h * self.memory_depth)),
+      "gates": draw(keys[2], (d, len(bias) * h * self.memory_depth)),
       "gate_bias": jnp.tile(bias[:, None, None], (1, h, self.memory_depth)),
       "norm": jnp.ones((k,)),
       "gate": draw(keys[3], (d, d)),
@@ -124,13 +123,14 @@ class Titans(cell.Cell):
       params["memory_scale"] = jnp.ones((h, k))
       params["memory_bias"] = jnp.zeros((h, k))
     wide = [k, *[self.expansion * k] * (self.memory_depth - 1), k]
-    for n, size in enumerate(zip(wide, wide[1:])):
-      fan = size[0] if n else 1  # keys have unit norm
-      params[f"memory_{n}"] = draw(keys[5 + n], (h, *size), fan_in=fan)
+    for n, (a, b) in enumerate(zip(wide, wide[1:])):
+      fan = a if n else 1  # keys have unit norm
+      params[f"memory_{n}"] = draw(keys[5 + n], (h, a, b), fan_in=fan)
     return params
 
   def initial_state(self, params, key=None) -> State:
-    inner = start(self._fresh(params), size=self.mini_batch_size, momentum=True)
+    rule = dict(size=self.mini_batch_size, momentum=self.momentum)
+    inner = start(self._fresh(params), **rule)
     return State(inner, conv_empty(params["conv"]))
 
   def observe(self, params, state, x):
@@ -169,9 +169,8 @@ class Titans(cell.Cell):
     return tuple(layer(n) for n in range(self.memory_depth))
 
   def _learner(self, params) -> Learner:
-    if not self.memory_norm:
-      return Learner(None)
-    return Learner(None, params["memory_scale"], params["memory_bias"])
+    names = ["memory_scale", "memory_bias"] * self.memory_norm
+    return Learner(None, *(params[name] for name in names))
 
   def _project(self, params, x, qkv):
     """q, k, v [..., H, K], then θ (of ½ ℓ), log(1 − α), log η [..., H, L]."""
@@ -179,18 +178,19 @@ class Titans(cell.Cell):
     split = lambda z: z.reshape(z.shape[:-1] + (h, -1))
     q, k, v = map(split, jnp.split(jax.nn.silu(qkv), 3, axis=-1))
     gates = dot(x, params["gates"]).astype(jnp.float32)
-    gates = gates.reshape(x.shape[:-1] + (3, h, depth))
+    gates = gates.reshape(x.shape[:-1] + (-1, h, depth))
     gates = gates + params["gate_bias"].astype(jnp.float32)
-    alpha, eta, theta = (gates[..., n, :, :] for n in range(3))
+    *gates, theta = jnp.moveaxis(gates, -3, 0)
+    log_eta = -jax.nn.softplus(-gates.pop()) if self.momentum else None
+    log_keep = -jax.nn.softplus(gates.pop()) if self.forgetting else None
     return (
       norm.l2_normalize(q), norm.l2_normalize(k), v,
-      jax.nn.sigmoid(theta) * (2.0 / self.head_dim),
-      -jax.nn.softplus(alpha), -jax.nn.softplus(-eta),
+      jax.nn.sigmoid(theta) * (2.0 / self.head_dim), log_keep, log_eta,
     )  # fmt: skip
 
   def _read_out(self, params, x, out):
-    surprise, loss = 2 * out.surprise.mean(-1), 2 * out.loss.mean(-1)
-    reports = {"surprise": surprise, "inner_loss": loss}
+    reports = dict(surprise=out.surprise, inner_loss=out.loss)  # of ½ ℓ
+    reports = {name: 2 * z.mean(-1) for name, z in reports.items()}
     return self.express(params, x, out.o), reports
 
   def express(self, params, x, o):
