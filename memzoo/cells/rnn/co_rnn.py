@@ -55,7 +55,8 @@ class CoRNN(cell.Cell):
   Paper: Rusch, Mishra 2020 (ICLR 2021), "Coupled Oscillatory Recurrent Neural
     Network (coRNN): An accurate and (gradient) stable architecture for
     learning long time dependencies", arXiv:2010.00951, eq. 1 to 3 and the
-    energy and gradient bounds of section 3; the authors' code
+    energy and gradient bounds of section 3 (equation numbers not checked but
+    3, which the caption of figure 4 names); the authors' code
     (tk-rusch/coRNN).
   """
 

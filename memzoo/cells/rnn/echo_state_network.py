@@ -48,8 +48,9 @@ class EchoStateNetwork(cell.Cell):
   Differs: no feedback W_back from the output, which the paper has as an
     option; y is linear; every unit has the same leak a (1: none).
   Paper: Jaeger 2001, "The 'echo state' approach to analysing and training
-    recurrent neural networks", GMD report 148, eq. 1 and 2 (and in his
-    Scholarpedia article, doi:10.4249/scholarpedia.2330); the leak as in
+    recurrent neural networks", GMD report 148, eq. 1 and 2 (equation
+    numbers not checked; and in his Scholarpedia article,
+    doi:10.4249/scholarpedia.2330); the leak as in
     Jaeger, Lukosevicius, Popovici, Siewert 2007, "Optimization and
     applications of echo state networks with leaky-integrator neurons", Neural
     Networks 20(3); the memory capacity of Jaeger 2002, "Short term memory in

@@ -50,8 +50,8 @@ class IndRNN(cell.Cell):
     paper's choice; ε = 0 serves all its layers but the last.
   Paper: Li, Li, Cook, Zhu, Gao 2018, "Independently Recurrent Neural Network
     (IndRNN): Building A Longer and Deeper RNN", arXiv:1803.04831, eq. 2 and 4
-    and section 3.2; the start of u as in the authors' code
-    (Sunnydreamrain/IndRNN_pytorch).
+    and section 3.2 (equation numbers not checked); the start of u as in the
+    authors' code (Sunnydreamrain/IndRNN_pytorch).
   """
 
   d_model: int

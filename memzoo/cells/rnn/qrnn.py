@@ -63,7 +63,8 @@ class QRNN(cell.Cell):
     and the encoder-decoder form (section 2.1) are not here.
   Paper: Bradbury, Merity, Xiong, Socher 2017, "Quasi-Recurrent Neural
     Networks", arXiv:1611.01576, section 2 (its equations in their order: the
-    convolutions, their form for k = 2, and f-, fo- and ifo-pooling).
+    convolutions, their form for k = 2, and f-, fo- and ifo-pooling; equation
+    numbers not checked).
   """
 
   d_model: int

@@ -59,8 +59,9 @@ class LMU(cell.Cell):
   Differs: h has the width of the input.
   Paper: Voelker, Kajić, Eliasmith 2019, "Legendre Memory Units: Continuous-Time
     Representation in Recurrent Neural Networks", NeurIPS 2019,
-    eq. 1 to 7, with its ZOH and starting values; A and B are of Voelker and
-    Eliasmith 2018, doi:10.1162/neco_a_01046.
+    eq. 1 to 7 (equation numbers not checked), with its ZOH and starting
+    values; A and B are of Voelker and Eliasmith 2018,
+    doi:10.1162/neco_a_01046.
   """
 
   d_model: int
