@@ -27,6 +27,7 @@ class State(NamedTuple):
   paper="Gu et al. 2022, arXiv:2206.11893",
   write="decay and add",
   evidence="silver",
+  parity="state-spaces/s4 e757cef, S4D (models/s4/s4d.py)",
   tiny=dict(d_model=5, d_state=6, dt_min=0.02, dt_max=0.5),
 )
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ class State(NamedTuple):
   paper="Smith et al. 2022, arXiv:2208.04933",
   write="decay and add",
   evidence="silver",
+  parity="lindermanlab/S5 3c18fdb, S5SSM",
   tiny=dict(d_model=5, d_state=12, blocks=2, dt_min=0.02, dt_max=0.5),
 )
 @dataclasses.dataclass(frozen=True)
