@@ -36,10 +36,10 @@ class LongMamba(mamba2.Mamba2):
   State: h [H, N, P] and conv [W − 1, E + 2GN], float32, from zero.
   Params: those of Mamba-2; buffers: threshold [H] (g), zero at the start.
   Forms: step, scan, chunk and pallas as of Mamba-2.
-  Differs: Mamba-2 alone, whose heads have one decay each, not the channels of
-    Mamba. S is an argument of `calibrate`, where theirs is the prompt's length
+  Differs: S is an argument of `calibrate`, where theirs is the prompt's length
     to the next thousand, looked up; what is generated after the prompt is
-    filtered too, as a stream has no prompt.
+    filtered too, as a stream has no prompt. Mamba has channels with a decay
+    for each state: `long_mamba1`.
   Paper: Ye, Xia, Fu, Dong, Hong, Yuan, Diao, Kautz, Molchanov, Lin 2025,
     "LongMamba: Enhancing Mamba's Long Context Capabilities via Training-Free
     Receptive Field Enlargement", arXiv:2504.16053, sections on global channels
@@ -86,27 +86,43 @@ class LongMamba(mamba2.Mamba2):
       raise ValueError(
         f"LongMamba: xs must be [B, L, {self.d_model}], got {jnp.shape(xs)}"
       )
-    dt = _step_size(params, self._project(params, xs)[2])
-    threshold = jnp.zeros((self.num_heads,))
-    if length > xs.shape[1]:
-      each = jax.vmap(lambda dt: self._align(params, dt, length))
-      reach, level = (x.mean(axis=0) for x in each(dt))
-      threshold = jnp.where(reach > self.global_decay, level, 0.0)
+    a = jnp.exp(params["a_log"].astype(jnp.float32))
+    threshold = thresholds(
+      _step_size(params, self._project(params, xs)[2]),
+      lambda dt: jnp.exp(-a * dt.sum(axis=0)),
+      length,
+      global_decay=self.global_decay,
+      clamp_top=self.clamp_top,
+    )
     return params | {"buffers": {"threshold": threshold}}
 
-  def _align(self, params, dt, length):
-    """∏ Ā and g(S), [H] each, of one sequence's Δ [L, H]."""
-    count = dt.shape[0]
+
+def thresholds(dt, reach, length: int, *, global_decay, clamp_top):
+  """g(S) of each head, float32 [H], zero in local heads.
+
+  Args:
+    dt: Δ of sequences of the trained length, [B, L, H].
+    reach: Δ [L, H], in any order -> ∏ Ā [H].
+    length: S.
+    global_decay: θ.
+    clamp_top: C; 0 cuts nothing.
+  """
+  count = dt.shape[1]
+  if length <= count:
+    return jnp.zeros(dt.shape[2:])
+
+  def align(dt):
     dt = jnp.sort(dt, axis=0)[::-1]
-    dt = jnp.minimum(dt, dt[max(1, int(count * self.clamp_top)) - 1])
-    total = dt.sum(axis=0)
-    reach = jnp.exp(-jnp.exp(params["a_log"].astype(jnp.float32)) * total)
+    dt = jnp.minimum(dt, dt[max(1, int(count * clamp_top)) - 1])
     rows, place = (jnp.arange(n, dtype=jnp.float32) for n in (count, length))
     place = (place + 0.5) * (count / length) - 0.5
     longer = jax.vmap(lambda x: jnp.interp(place, rows, x), 1, 1)(dt)
-    kept = jnp.argmax(jnp.cumsum(longer, axis=0) > total, axis=0) + 1
+    kept = jnp.argmax(jnp.cumsum(longer, axis=0) > dt.sum(axis=0), axis=0) + 1
     kept = jnp.minimum(kept, length - 1)
-    return reach, jnp.take_along_axis(longer, kept[None], axis=0)[0]
+    return reach(dt), jnp.take_along_axis(longer, kept[None], axis=0)[0]
+
+  reached, level = (x.mean(axis=0) for x in jax.vmap(align)(dt))
+  return jnp.where(reached > global_decay, level, 0.0)
 
 
 def _step_size(params, dt):

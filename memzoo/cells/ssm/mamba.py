@@ -93,8 +93,8 @@ class Mamba(cell.Cell):
       arguments.check_positive(self, "dt_rank")
     if self.expand <= 0 or self.expand * self.d_model % 1:
       raise ValueError(
-        f"Mamba: expand · d_model must be a positive whole number, got "
-        f"expand={self.expand!r}, d_model={self.d_model!r}"
+        f"{type(self).__name__}: expand · d_model must be a positive whole "
+        f"number, got expand={self.expand!r}, d_model={self.d_model!r}"
       )
     if self.select_norm is not None and self.select_norm <= 0:
       raise ValueError(
