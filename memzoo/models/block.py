@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from memzoo.core import cell as cell_lib, dispatch, initializers
 from memzoo.core.linear import dot
+from memzoo.models.bidirectional import BothWays
 from memzoo.models.layers import MemoryLayer, check_cell
 from memzoo.ops import norm
 from memzoo.ops.conv import conv, empty as empty_conv
@@ -39,6 +40,8 @@ class BlockOptions:
       for none.
     remat: recompute the block in the backward pass instead of keeping its
       activations.
+    bidirectional: read the whole sequence from both ends (the cell `s5`): not
+      for streams, nor for models that predict their own inputs.
 
   Raises:
     ValueError: on a value out of range, with the accepted ones.
@@ -50,6 +53,7 @@ class BlockOptions:
   norm: str = "rms"
   conv_size: int = 0
   remat: bool = False
+  bidirectional: bool = False
 
   def __post_init__(self):
     for field, known in (("mlp", MLPS), ("norm", NORMS)):
@@ -145,7 +149,8 @@ class Block(nnx.Module):
       initializers.uniform(rngs.params(), (taps, width), taps**-0.5)
     )
     self.conv = kernel() if taps else None
-    self.memory = MemoryLayer(cell, rngs=rngs)
+    layer = BothWays if options.bidirectional else MemoryLayer
+    self.memory = layer(cell, rngs=rngs)
     hidden = options.mlp_width
     if hidden is None:
       hidden = 8 * width // 3 if options.mlp in GATED else 4 * width

@@ -32,7 +32,7 @@ class SequenceClassifier(SequenceModel):
     pool: 'mean' over the inputs, or the 'last' of them.
     rngs: its `params` stream draws the parameters.
     **options: of `Encoder` and `BlockOptions`: positions, dtype, unroll, mlp,
-      mlp_width, dropout, norm, conv_size, remat.
+      mlp_width, dropout, norm, conv_size, remat, bidirectional.
 
   Raises:
     ValueError: on a size or option out of range.

@@ -22,6 +22,15 @@ def is_buffer(path) -> bool:
   return any(getattr(key, "key", None) == "buffers" for key in path)
 
 
+def variables(params):
+  """Params as a module holds them: every leaf an `nnx.Param`, or a `Buffer`."""
+  return nnx.data(
+    jax.tree_util.tree_map_with_path(
+      lambda path, x: (Buffer if is_buffer(path) else nnx.Param)(x), params
+    )
+  )
+
+
 def initial_state(
   cell: cell_lib.Cell, params, batch: int, key: jax.Array | None = None
 ):
@@ -66,12 +75,7 @@ class MemoryLayer(nnx.Module):
 
   def __init__(self, cell: cell_lib.Cell, *, rngs: nnx.Rngs):
     self.cell = cell
-    self.params = nnx.data(
-      jax.tree_util.tree_map_with_path(
-        lambda path, x: (Buffer if is_buffer(path) else nnx.Param)(x),
-        cell.init(rngs.params()),
-      )
-    )
+    self.params = variables(cell.init(rngs.params()))
 
   @property
   def values(self):

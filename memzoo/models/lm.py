@@ -28,7 +28,7 @@ class LanguageModel(SequenceModel):
       mlp_width, dropout, norm, conv_size, remat.
 
   Raises:
-    ValueError: on a size or option out of range.
+    ValueError: on a size or option out of range, and on bidirectional blocks.
     TypeError: on an unknown option.
   """
 
@@ -45,6 +45,11 @@ class LanguageModel(SequenceModel):
     **options,
   ):
     vocab_size = check_size("vocab_size", vocab_size)
+    if options.get("bidirectional"):
+      raise ValueError(
+        "LanguageModel: bidirectional blocks see the tokens that it predicts; "
+        "they are for classifiers and regressors"
+      )
     self.encoder = Encoder(
       cells, depth, vocab_size=vocab_size, rngs=rngs, **options
     )

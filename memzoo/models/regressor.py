@@ -27,7 +27,7 @@ class SequenceRegressor(SequenceModel):
     pool: None for N numbers at every input; 'mean' or 'last' for N in all.
     rngs: its `params` stream draws the parameters.
     **options: of `Encoder` and `BlockOptions`: positions, dtype, unroll, mlp,
-      mlp_width, dropout, norm, conv_size, remat.
+      mlp_width, dropout, norm, conv_size, remat, bidirectional.
 
   Raises:
     ValueError: on a size or option out of range.

@@ -53,10 +53,10 @@ class S5(cell.Cell):
     chunk in passes over 16 tokens and T / 16 serial steps; pallas the steps of
     scan in one kernel.
   Differs: causal only: the bidirectional layer of the paper sees later inputs
-    and is no memory of a stream. B is real and C complex, of variance 1 / D and
-    1 / N, as in the authors' code. `clip_eigs` keeps Re Λ below −1e-4, their
-    option for streams without end. The activation and norm around the state
-    space are the model's.
+    and is no memory of a stream; it is `memzoo.models.bidirectional`. B is
+    real and C complex, of variance 1 / D and 1 / N, as in the authors' code.
+    `clip_eigs` keeps Re Λ below −1e-4, their option for streams without end.
+    The activation and norm around the state space are the model's.
   Paper: Smith, Warrington, Linderman 2022, "Simplified State Space Layers for
     Sequence Modeling", arXiv:2208.04933, sections 3 (layer, parallel
     scan) and 4 (initialization), appendix B (symmetry, blocks, timescales).
@@ -124,23 +124,23 @@ class S5(cell.Cell):
     return State(jnp.zeros((self.d_state // 2,), jnp.complex64))
 
   def step(self, params, state, x):
-    decay, factor = self._discretize(params)
-    h = decay * state.h + factor * _drive(params, x)
-    return State(h), _read(params, h, x)
+    decay, factor = self.discretize(params)
+    h = decay * state.h + factor * drive(params, x)
+    return State(h), read_out(params, h, x)
 
   def parallel(self, params, state, xs, reset, mask, implementation):
-    decay, factor = self._discretize(params)
+    decay, factor = self.discretize(params)
     h, hs = linear_recurrence(
       state.h,
-      factor * _drive(params, xs),
+      factor * drive(params, xs),
       decay=decay,
       reset=reset,
       mask=mask,
       implementation=implementation,
     )
-    return State(h), _read(params, hs, xs)
+    return State(h), read_out(params, hs, xs)
 
-  def _discretize(self, params):
+  def discretize(self, params):
     """Λ̄ and the factor of B̃ in B̄, complex64 [N/2]."""
     real = lambda name: params[name].astype(jnp.float32)
     re = real("re")
@@ -150,14 +150,14 @@ class S5(cell.Cell):
     return discretize(jax.lax.complex(re, real("im")), jnp.exp(real("log_dt")))
 
 
-def _drive(params, x):
+def drive(params, x):
   """B̃ u: [..., D] -> complex64 [..., N/2]."""
   b = jnp.concatenate([params["b_re"], params["b_im"]], axis=1)
   return jax.lax.complex(*jnp.split(dot(x, b).astype(jnp.float32), 2, axis=-1))
 
 
-def _read(params, h, x):
-  """2 Re(C̃ x) + D ⊙ u: complex64 [..., N/2] -> [..., D]."""
+def read_out(params, h, x):
+  """2 Re(C̃ x) + D ⊙ u: complex64 [..., N/2], as C̃ has rows -> [..., D]."""
   c = 2 * jnp.concatenate([params["c_re"], -params["c_im"]])
   parts = jnp.concatenate([h.real, h.imag], axis=-1)
   return dot(parts.astype(x.dtype), c) + params["d"].astype(x.dtype) * x
