@@ -23,6 +23,7 @@ import jax
 
 import memzoo
 from memzoo import models, parallel, tasks, training
+from memzoo.models.lightnet import GridClassifier
 
 MACHINE = ("distributed", "coordinator", "processes", "process", "platform")
 
@@ -183,6 +184,9 @@ def build(config):
   make = models.SequenceRegressor
   if task.kind == "classification":
     make = models.SequenceClassifier
+    if "grid" in options:  # '8x8': the steps are the places of an image
+      options["grid"] = [int(n) for n in str(options["grid"]).split("x")]
+      make = GridClassifier
   elif task.kind in ("labels", "bits"):
     pool = None
   elif task.batch(config.seed, 0, 1).targets.ndim == 3:

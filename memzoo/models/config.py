@@ -6,13 +6,19 @@ from flax import nnx
 
 from memzoo.core import dispatch, registry
 from memzoo.models.classifier import SequenceClassifier
+from memzoo.models.lightnet import GridClassifier
 from memzoo.models.lm import LanguageModel
 from memzoo.models.model import SequenceModel
 from memzoo.models.regressor import SequenceRegressor
 
 KINDS = {
   cls.kind: cls
-  for cls in (LanguageModel, SequenceClassifier, SequenceRegressor)
+  for cls in (
+    LanguageModel,
+    SequenceClassifier,
+    SequenceRegressor,
+    GridClassifier,
+  )
 }
 
 

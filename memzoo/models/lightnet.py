@@ -7,17 +7,28 @@ one pass does what others need several scans for:
   S = Σ_i softmax_i(k) v_iᵀ ,   the softmax over the grid, per channel of k
   o_n = Sᵀ silu(q_n)
 
-The functions take the parameters of the cell `lightnet` and grids [..., D] with
-one leading axis per dimension of the data; `jax.vmap` batches.
+`GridClassifier` is a stack of such layers, MD-TPE behind the embedding, for
+images and the like. The functions take the parameters of the cell `lightnet`
+and grids [..., D] with one leading axis per dimension of the data; `jax.vmap`
+batches.
 """
 
 from collections.abc import Sequence
+import functools
+import math
+from typing import Any, ClassVar
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from memzoo.cells.matrix.lightnet import LightNet, turn
 from memzoo.core import initializers
+from memzoo.models.block import Block
+from memzoo.models.classifier import SequenceClassifier
+from memzoo.models.encoder import check_size
+from memzoo.models.layers import MemoryLayer
+from memzoo.models.stack import Stack
 from memzoo.ops import arguments, chunk
 from memzoo.ops.linear_recurrence import linear_recurrence
 
@@ -131,3 +142,147 @@ def md_tpe(params, xs: jax.Array) -> jax.Array:
     ys = jax.vmap(along)(lines.reshape(-1, *lines.shape[-2:]))
     total += jnp.moveaxis(ys.reshape(lines.shape), -2, axis)
   return total.astype(xs.dtype)
+
+
+class GridLayer(MemoryLayer):
+  """`one_pass` over the grids of a batch; it holds nothing between calls.
+
+  Args:
+    cell: the layer.
+    grid: [n_1, …, n_m].
+    rngs: its `params` stream draws the parameters.
+  """
+
+  def __init__(self, cell: LightNet, grid: tuple[int, ...], *, rngs: nnx.Rngs):
+    super().__init__(cell, rngs=rngs)
+    self.grid = grid
+
+  def initial_state(self, batch: int, key: jax.Array | None = None):
+    """Nothing."""
+    return ()
+
+  def __call__(
+    self, state, xs, *, reset=None, mask=None, implementation=None,
+    reports=False,
+  ):  # fmt: skip
+    """As a `MemoryLayer`, xs [B, Π n, D]; it has one form and no reports."""
+    del implementation
+    if reset is not None:
+      raise ValueError("GridLayer: every row is one grid, there is no reset")
+    shape = (xs.shape[0], *self.grid)
+    if mask is not None:
+      mask = mask.reshape(shape)
+    run = functools.partial(one_pass, self.cell, self.values)
+    ys = jax.vmap(run)(xs.reshape(*shape, -1), mask).reshape(xs.shape)
+    return (state, ys, {}) if reports else (state, ys)
+
+
+class GridStack(Stack):
+  """A `Stack` of `GridLayer`s, behind x + MD-TPE(x) where it has states.
+
+  Args:
+    cells: the pattern of LightNets, bottom first.
+    depth: number of blocks.
+    grid: [n_1, …, n_m].
+    states: E of MD-TPE; 0 for none.
+    options: of every block.
+    unroll: as in `Stack`.
+    rngs: its `params` stream draws the parameters.
+  """
+
+  def __init__(self, cells, depth, grid, states, options, *, unroll=1, rngs):
+    self.grid = grid
+    super().__init__(cells, depth, options, unroll=unroll, rngs=rngs)
+    tpe = {}
+    if states:
+      width = self.cells[0].d_model
+      tpe = init_md_tpe(rngs.params(), width, len(grid), states)
+    self.tpe = nnx.data(jax.tree.map(nnx.Param, tpe))
+
+  def _block(self, cell, options, rngs):
+    block = Block(cell, options, rngs=rngs)
+    block.memory = GridLayer(cell, self.grid, rngs=rngs)
+    return block
+
+  @property
+  def max_length(self) -> int:
+    """Places of the grid."""
+    return math.prod(self.grid)
+
+  def __call__(self, state, x, *, mask=None, **kwargs):
+    """As a `Stack`, over x [B, Π n, D].
+
+    Raises:
+      ValueError: where x has another length than the grid.
+    """
+    if x.shape[1] != self.max_length:
+      raise ValueError(
+        f"GridStack: got {x.shape[1]} inputs for a grid of "
+        f"{' x '.join(map(str, self.grid))} places"
+      )
+    if self.tpe:
+      params = {name: value[...] for name, value in self.tpe.items()}
+      there = x if mask is None else jnp.where(mask[..., None], x, 0)
+      there = there.reshape(x.shape[0], *self.grid, -1)
+      ys = jax.vmap(functools.partial(md_tpe, params))(there)
+      x = x + ys.reshape(x.shape)
+    return super().__call__(state, x, mask=mask, **kwargs)
+
+
+class GridClassifier(SequenceClassifier):
+  """A grid of floats or tokens to one class, seen as a whole.
+
+  >>> cell = memzoo.make('lightnet', d_model=64, lrpe=True)
+  >>> model = GridClassifier(cell, 2, 10, grid=(8, 8), tpe_states=4,
+  ...                        d_input=1, rngs=nnx.Rngs(0))
+  >>> _, logits = model(None, xs)  # float [B, 64, 1] -> float32 [B, 10]
+
+  Calls are `SequenceModel`'s, without `reset`. The inputs are the grid's places
+  in row-major order, all of them in every call; it holds nothing from call to
+  call.
+
+  Args:
+    cells: one LightNet, or a list, bottom first; `lrpe` is MD-LRPE.
+    depth: number of blocks; None for the length of the list.
+    num_classes: C.
+    grid: [n_1, …, n_m].
+    tpe_states: E of MD-TPE, whose result is added to the embedding; 0: none.
+    rngs: its `params` stream draws the parameters.
+    **options: of `SequenceClassifier`, but conv_size.
+
+  Raises:
+    ValueError: on an option out of range.
+    TypeError: on an unknown option, or another cell than LightNet.
+  """
+
+  kind: ClassVar[str] = "grid_classifier"
+
+  def __init__(
+    self,
+    cells: LightNet | Sequence[LightNet],
+    depth: int | None,
+    num_classes: int,
+    *,
+    grid: Sequence[int],
+    tpe_states: int = 0,
+    rngs: nnx.Rngs,
+    **options,
+  ):
+    cells = tuple(cells) if isinstance(cells, (list, tuple)) else (cells,)
+    for cell in cells:
+      if not isinstance(cell, LightNet):
+        raise TypeError(f"GridClassifier: needs LightNet cells, got {cell!r}")
+    if options.get("conv_size"):
+      raise ValueError("GridClassifier: its layers have no convolution")
+    grid = tuple(check_size("grid", n) for n in grid)
+    self.tpe_states = check_size("tpe_states", tpe_states, 0)
+    make = functools.partial(GridStack, cells, depth, grid, self.tpe_states)
+    super().__init__(make, None, num_classes, rngs=rngs, **options)
+
+  def config(self) -> dict[str, Any]:
+    """The constructor's arguments as plain data, without `rngs`."""
+    return {
+      **super().config(),
+      "grid": list(self.encoder.stack.grid),
+      "tpe_states": self.tpe_states,
+    }

@@ -2,14 +2,17 @@
 over the tokens so far, in every channel; and over grids, in one pass."""
 
 import functools
+import json
 
 import checks
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import memzoo
+from memzoo import models
 from memzoo.models import lightnet
 
 
@@ -214,6 +217,77 @@ def test_md_tpe():
   assert all((np.abs(g) > 0).all() for g in grads.values())
   with pytest.raises(ValueError, match="xs must be floating with 2 axes"):
     lightnet.md_tpe(params, xs[0])
+
+
+def classifier(lrpe, states):
+  cell = memzoo.tiny("lightnet", lrpe=lrpe)
+  return lightnet.GridClassifier(
+    cell, 2, 5, grid=(3, 4), tpe_states=states, d_input=2, mlp_width=7,
+    rngs=nnx.Rngs(0),
+  )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="reports")
+def call(model, xs, **given):
+  return model(None, xs, **given)
+
+
+def test_grid_classifier():
+  """Against its parts, one after the other; where it has no positions it does
+  not see the order of the places, and with either kind it does. MD-LRPE's
+  cosines alone do not see which way the grid lies."""
+  xs = jax.random.normal(jax.random.key(2), (2, 12, 2))
+  for lrpe, states in ((False, 0), (False, 3), (True, 0), (True, 3)):
+    model = classifier(lrpe, states)
+    state, logits = call(model, xs)
+    again = models.from_config(
+      json.loads(json.dumps(models.to_config(model))), nnx.Rngs(0)
+    )
+    assert models.to_config(again) == models.to_config(model)
+    assert checks.relative(again, model) == 0
+    assert not jax.tree.leaves(state)
+    apart = lambda xs: checks.relative(call(model, xs)[1], logits)
+    moved, turned = apart(jnp.roll(xs, 5, axis=1)), apart(xs[:, ::-1])
+    assert moved > 1e-3 if lrpe or states else moved <= checks.FORWARD
+    assert turned > 1e-3 if states else turned <= checks.FORWARD
+
+  encoder = model.encoder
+  stack = encoder.stack
+  x = xs @ encoder.embedding[...] + encoder.bias[...]
+  x = x.reshape(2, 3, 4, -1)
+  tpe = {name: value[...] for name, value in stack.tpe.items()}
+  x = x + jnp.stack([lightnet.md_tpe(tpe, row) for row in x])
+  for i in range(2):
+    block = jax.tree.map(lambda leaf: leaf[i], stack.blocks[0])
+    u, params = block.memory_norm(x), block.memory.values
+    x = x + jnp.stack([one_pass(stack.cells[0], params, row) for row in u])
+    x = x + block.mlp(block.mlp_norm(x))
+  want = model.head(encoder.norm(x).mean((1, 2)))
+  assert checks.relative(logits, want) <= checks.FORWARD
+
+  mask = jnp.zeros((2, 12), bool).at[:, :8].set(True)
+  _, short = call(model, xs.at[:, 8:].set(jnp.inf), mask=mask)
+  assert checks.relative(short, call(model, xs, mask=mask)[1]) == 0
+  assert call(model, xs, reports=True)[2] == {}
+
+
+def test_grid_classifier_refuses():
+  model = classifier(True, 0)
+  xs = jnp.ones((2, 12, 2))
+  with pytest.raises(ValueError, match="9 inputs for a grid of 3 x 4 places"):
+    model(None, xs[:, :9])
+  with pytest.raises(ValueError, match="there is no reset"):
+    model(None, xs, reset=jnp.zeros((2, 12), bool))
+  build = functools.partial(
+    lightnet.GridClassifier, depth=1, num_classes=2, d_input=2,
+    rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  with pytest.raises(TypeError, match="needs LightNet cells"):
+    build(memzoo.tiny("gru"), grid=(3, 4))
+  with pytest.raises(ValueError, match="grid must be an integer, 1 or more"):
+    build(memzoo.tiny("lightnet"), grid=(3, 0))
+  with pytest.raises(ValueError, match="have no convolution"):
+    build(memzoo.tiny("lightnet"), grid=(3, 4), conv_size=2)
 
 
 def test_bad_arguments():

@@ -29,6 +29,7 @@ from memzoo.ops.deep_gradient_step import (
 )
 from memzoo.ops.gradient_step import Learner, Model, gradient_step, start
 from memzoo.ops.mesa import State as MesaState, mesa
+from memzoo.ops.running_softmax import empty, running_softmax
 from memzoo.ops.value_decay import value_decay
 
 pytestmark = [
@@ -426,6 +427,36 @@ def test_naive(name):
     error = checks.relative(got[: len(want)], want)
     print(f"{name} {form}: relative error {error:.1e}")
     assert error < checks.FORWARD, form
+
+
+@pytest.mark.parametrize("form", ["scan", "chunk"])
+def test_lightnet(form):
+  """Keys and gates as their layer makes them, by torch's logcumsumexp, before
+  the op that the layer uses."""
+  theirs, x = load("gla.naive:naive_recurrent_gla"), draw()
+  import torch
+
+  q, k, v = (tensor(x[n], False) for n in ("positive_q", "q", "v"))
+  z = k.logcumsumexp(1)
+  gates = torch.cat((z[:, :1], z[:, :-1]), 1) - z
+  want = theirs(q, torch.exp(k - z), v, gates, output_final_state=True)
+
+  @jax.jit
+  def run(x):
+    start = jnp.zeros((B, H, K)) + empty(K)
+    z, (log_decay, share) = batched(running_softmax)(start, x["q"])
+    s, o = batched(ops.linear_attention)(
+      jnp.zeros((B, H, K, V)), x["positive_q"] * jnp.float32(SCALE), share,
+      x["v"], log_decay=log_decay, implementation=form,
+    )  # fmt: skip
+    return (o, s), z
+
+  got, last = run(x)
+  error = checks.relative(
+    (got, last), (tuple(map(np.asarray, want)), z[:, -1].numpy())
+  )
+  print(f"lightnet {form}: relative error {error:.1e}")
+  assert error < checks.FORWARD, form
 
 
 @pytest.mark.parametrize("form", ["scan", "chunk"])

@@ -27,7 +27,8 @@ class State(NamedTuple):
   year=2024,
   paper="Qin et al. 2024, arXiv:2405.21022",
   write="running softmax",
-  evidence="silver",
+  evidence="gold",
+  parity="fla-core 0.6, gla (its op)",
   tiny=dict(d_model=6, num_heads=2, head_dim=5, gate_rank=2, lrpe=True),
 )
 @dataclasses.dataclass(frozen=True)
