@@ -118,6 +118,17 @@ def test_heads_start_orthogonal_and_one_head_is_the_default():
     memzoo.tiny("lstm", num_heads=4)
 
 
+def test_forget_bias():
+  """It moves the start of b_f and nothing else."""
+  key = jax.random.key(0)
+  usual = memzoo.tiny("lstm").init(key)
+  open_gates = memzoo.tiny("lstm", forget_bias=4).init(key)
+  b = open_gates.pop("b")
+  np.testing.assert_array_equal(b, np.repeat([0.0, 4, 0, 0], 6))
+  assert usual.pop("b").dtype == b.dtype
+  jax.tree.map(np.testing.assert_array_equal, usual, open_gates)
+
+
 def test_signature_behaviour():
   """It learns to write one bit and to hold it while others pass."""
   cell = memzoo.make("lstm", d_model=6)
