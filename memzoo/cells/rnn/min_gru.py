@@ -26,7 +26,7 @@ class State(NamedTuple):
   year=2024,
   paper="Feng et al. 2024, arXiv:2410.01201",
   write="gated mix",
-  evidence="silver",
+  evidence="gold",
   parity="minGRU-pytorch 0.2, minGRU",
   tiny=dict(d_model=5, d_state=7),
 )
