@@ -45,6 +45,7 @@ FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"full": bench_cases.FULL, "tiny": bench_cases.TINY}
 SUITES = ("cpu", "gpu", "tpu")
+STATEFUL = ("cell", "chunked cell", "diagonal cell", "decode")
 NO_PEERS = "not measured: --peer_python was not given"
 
 
@@ -69,6 +70,15 @@ class Goal(NamedTuple):
 def _row(kind, what, shape="B=2 T=2048", **more):
   which = {"kind": kind, "what": what, "shape": shape}
   return which | {"direction": "forward+backward", **more}
+
+
+def _decode_goals():
+  """A token through the library costs at most 1.2 times one by hand."""
+  for name, options in bench_cases.decode_cells(bench_cases.FULL).items():
+    shape = f"D={options['d_model']}"
+    row = _row("decode", name, shape, direction="forward", form="memzoo.scan")
+    text = f"a token of {name}, against a step by hand (forward)"
+    yield Goal(text, row, "ratio", 1 / 1.2)
 
 
 _CHOSEN, _WIDE = {"default": True}, "B=2 T=2048 D=256"
@@ -108,6 +118,16 @@ GOALS = {
       "Mamba cell by default, temporary memory",
       _row("cell", "mamba", "B=1 T=4096", **_CHOSEN), "temp_bytes", 25e6,
     ),
+    Goal(
+      "selective scan by default, against memax's S6 with its own scan",
+      _row("peer", "s6", "B=2 T=2048", **_CHOSEN), "ratio", 1.5,
+      against="memax, semigroup_scan",
+    ),
+    Goal(
+      "the same, against memax's S6 with its fastest scan",
+      _row("peer", "s6", "B=2 T=2048", **_CHOSEN), "ratio", 1.5,
+    ),
+    *_decode_goals(),
   ),
 }  # fmt: skip
 
@@ -322,20 +342,21 @@ def report(result: dict[str, Any]) -> str:
   ]
   goals = [(g, find(rows, g)) for g in GOALS[result["suite"]]]
   if goals:
-    head = ("forward and backward", "wanted", "measured", "met")
+    head = ("forward and backward by default", "wanted", "measured", "met")
     body = [_goal(goal, row) for goal, row in goals]
     lines += ["", "## Goals", "", *table(head, body)]
   for kind, title in (
     ("op", "Ops"), ("cell", "Cells"),
     ("chunked cell", "Matrix and test-time memories in chunks"),
     ("diagonal cell", "Diagonal recurrences"),
+    ("decode", "One token of a diagonal recurrence"),
     ("peer", "Against other packages"),
   ):  # fmt: skip
     chosen = [r for r in rows if r["kind"] == kind]
     if chosen:
       head = ("", "form", "inputs", "dtype", "direction", "ms", "min", "max")
       head += ("×", "MB", "1,000 tokens/s")
-      head += ("state",) if kind.endswith("cell") else ()
+      head += ("state",) if kind in STATEFUL else ()
       head += ("compile s",)
       body = [_cells(row, kind) for row in chosen]
       lines += ["", f"## {title}", "", *table(head, body)]
@@ -383,7 +404,7 @@ def _cells(row, kind):
       *(_ms(row[k]) for k in ("median_ms", "min_ms", "max_ms")), ratio,
       f"{row['temp_bytes'] / 1e6:.1f}", f"{row['tokens_per_s'] / 1e3:,.0f}",
     )  # fmt: skip
-  state = (f"{row['state']:,}",) if kind.endswith("cell") else ()
+  state = (f"{row['state']:,}",) if kind in STATEFUL else ()
   compile_s = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
   return *head, *rest, *state, compile_s
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import timing
+from experiments import bench_decode, timing
 import memzoo
 from memzoo import ops
 from memzoo.core import dispatch
@@ -46,6 +46,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes()
+BY_HAND = "by hand"
 TINY = Sizes(
   batch=1, length=12, heads=2, width=8, slots=16, half_keys=4, cell_batch=2,
   cell_length=6, d_model=8, long=10, state=16,
@@ -58,6 +59,7 @@ def groups(sizes: Sizes) -> Iterator[timing.Group]:
   yield from cell_groups(sizes)
   yield from chunked_cell_groups(sizes)
   yield from diagonal_cell_groups(sizes)
+  yield from decode_groups(sizes)
   wide = sizes.heads * sizes.width
   both = timing.DIRECTIONS[1:]
   yield cell_group(
@@ -392,11 +394,11 @@ def chunked_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
       )  # fmt: skip
 
 
-def diagonal_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
-  """Cells whose state is a diagonal recurrence, of N numbers, real or complex,
-  as the paper of each has them."""
+def diagonal_cells(sizes: Sizes) -> dict[str, dict[str, int]]:
+  """Options of cells whose state is a diagonal recurrence, of N numbers, real
+  or complex, as the paper of each has them."""
   n, d = sizes.state, sizes.d_model
-  cells = {
+  return {
     "fast_and_forgetful": dict(d_model=d, num_traces=n // 4, num_contexts=4),
     "hgrn": dict(d_model=d, d_state=n),
     "lru": dict(d_model=d, d_state=n),
@@ -407,11 +409,55 @@ def diagonal_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
     "s4d": dict(d_model=n // 8, d_state=16),
     "s5": dict(d_model=d, d_state=2 * n),
   }
-  for name, options in cells.items():
+
+
+def diagonal_cell_groups(sizes: Sizes) -> Iterator[timing.Group]:
+  """Diagonal recurrences over a long sequence."""
+  for name, options in diagonal_cells(sizes).items():
     yield cell_group(
       name, sizes.cell_batch, sizes.long, timing.DIRECTIONS[1:],
       kind="diagonal cell", **options,
     )  # fmt: skip
+
+
+def decode_groups(sizes: Sizes) -> Iterator[timing.Group]:
+  """One token of the diagonal recurrences, and of Mamba: by `cell.step`, and by
+  `memzoo.scan` as models call it, held against a step by hand."""
+  for name, options in decode_cells(sizes).items():
+    yield decode_group(name, **options)
+
+
+def decode_cells(sizes: Sizes) -> dict[str, dict[str, int]]:
+  """Options of the cells whose decoding is measured."""
+  return diagonal_cells(sizes) | {"mamba": dict(d_model=sizes.d_model)}
+
+
+def decode_group(name: str, **options) -> timing.Group:
+  """One token of a cell, from a state in which tokens have been."""
+  cell = memzoo.make(name, **options)
+  rest = "".join(f" {k}={v}" for k, v in options.items() if k != "d_model")
+
+  def build():
+    params = jax.jit(cell.init)(jax.random.key(0))
+    xs = Draw(0).normal(9, cell.d_model)
+    state, _ = jax.jit(functools.partial(memzoo.scan, cell))(
+      params, None, xs[:8]
+    )
+
+    def scan(params, state, x):
+      state, ys = memzoo.scan(cell, params, state, x[None])
+      return state, ys[0]
+
+    calls = {
+      BY_HAND: bench_decode.STEPS[name], "cell.step": cell.step,
+      "memzoo.scan": scan,
+    }  # fmt: skip
+    return timing.Forms(calls, (params, state, xs[8]), "memzoo.scan")
+
+  return timing.Group(
+    "decode", name, f"T=1 D={cell.d_model}{rest}", 1, build, (BY_HAND,),
+    timing.DIRECTIONS[:1], state=memzoo.state_size(cell), calls=100,
+  )  # fmt: skip
 
 
 def cell_group(

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from experiments import bench_cases, timing
 from experiments.bench_cases import Sizes
+import memzoo
+from memzoo import ops
 
 DIRECTIONS = ("forward+backward",)
 CHUNK_SIZES = (16, 32, 64, 128)
@@ -34,6 +36,8 @@ def groups(sizes: Sizes) -> Iterator[timing.Group]:
   wide = sizes.heads * sizes.width
   yield memax_group(sizes.batch, sizes.length, wide)
   yield memax_group(sizes.cell_batch, sizes.long, sizes.d_model)
+  yield memax_s6_group(sizes.batch, sizes.length, wide)
+  yield memax_s6_group(sizes.cell_batch, sizes.long, sizes.d_model)
 
 
 def jla_group(op: str, decay: str, sizes: Sizes) -> timing.Group:
@@ -127,6 +131,64 @@ def memax_group(batch: int, length: int, width: int) -> timing.Group:
     return timing.Forms(calls, forms.inputs, forms.default)
 
   return _group(ours, build, theirs)
+
+
+def memax_s6_group(batch: int, length: int, width: int) -> timing.Group:
+  """memax's S6, which has one state a channel and maps of its own around it,
+  and the same layer on our selective scan, N = 1, with its parameters.
+
+  What the exact write has beside Δ goes into the scan's input:
+  (Ā − 1) / (ΔA) ⊙ B x, with 1 for the scan's B and C.
+  """
+  theirs = {
+    "memax, semigroup_scan": "semigroup_scan",
+    "memax, set_action_scan": "set_action_scan",
+  }
+
+  def build():
+    import equinox as eqx
+    from memax.equinox import scans
+    from memax.equinox.semigroups import s6
+
+    layer = s6.S6(width, width, jax.random.key(0))
+    arrays, static = eqx.partition(layer, eqx.is_array)
+    xs = bench_cases.Draw(0).normal(batch, length, width)
+
+    def call(scan, arrays, xs):
+      module = eqx.combine(arrays, static)
+      module = eqx.tree_at(lambda m: m.scan, module, getattr(scans, scan))
+      start = jnp.zeros((length,), bool)
+      one = lambda x: module(module.initialize_carry(), (x, start))
+      (state, _), ys = jax.vmap(one)(xs)
+      return state[1][:, -1], ys
+
+    def ours(form, arrays, xs):
+      maps = lambda layer, x: x @ layer.weight.T + layer.bias
+      a, one = -jnp.exp(arrays.A_log), jnp.ones((length, 1))
+
+      def row(x):
+        dt = jax.nn.softplus(maps(arrays.dt.layers[0], x))
+        write = jnp.expm1(dt * a) / (dt * a) * maps(arrays.B, x) * x
+        h, y = ops.selective_scan(
+          jnp.zeros((width, 1)), write, dt, a[:, None], one, one,
+          implementation=form,
+        )  # fmt: skip
+        return h[:, 0], maps(arrays.C, x) * y
+
+      return jax.vmap(row)(xs)
+
+    default = memzoo.explain(
+      functools.partial(ours, None), arrays, xs
+    )[-1].form  # fmt: skip
+    calls = {default: functools.partial(ours, default)}
+    calls |= {form: functools.partial(call, s) for form, s in theirs.items()}
+    return timing.Forms(calls, (arrays, xs), default)
+
+  shape = f"B={batch} T={length} D={width} N=1"
+  return timing.Group(
+    "peer", "s6", shape, batch * length, build, tuple(theirs), DIRECTIONS,
+    state=width,
+  )  # fmt: skip
 
 
 def _group(ours, build, reference):

@@ -36,6 +36,7 @@ class Group:
     directions: of `DIRECTIONS`.
     dtype: of the inputs.
     state: floats of state that one sequence holds between two tokens.
+    calls: how many in a row a round is, for what takes microseconds.
   """
 
   kind: str
@@ -47,6 +48,7 @@ class Group:
   directions: tuple[str, ...] = DIRECTIONS
   dtype: str = "float32"
   state: int | None = None
+  calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +205,8 @@ def _measure(group, forms, direction, seconds, memory_limit, clock):
     first[form] = out[1] if direction == "forward" else out
     runs[form], about[form] = run, facts
 
-  times = rounds(runs, seconds, clock=clock)
+  calls = dict.fromkeys(runs, group.calls)
+  times = rounds(runs, seconds, calls=calls, clock=clock)
   reference = fastest(times, group.reference)
   rows = []
   for form in forms.calls:

@@ -1,6 +1,7 @@
 """experiments.bench: what it times, what it writes. No test looks at speed."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from experiments import (
   bench,
   bench_cases,
+  bench_decode,
   bench_device,
   bench_kernels,
   bench_parity,
@@ -132,6 +134,32 @@ def test_a_run_of_toy_sizes(tmp_path):
   assert {line.count("|") for line in lines} == {5, 13, 14}  # goals, ops, cells
 
 
+def test_a_token_by_hand_is_a_token():
+  """The steps that decoding is held against compute what the cells do."""
+  groups = list(bench_cases.decode_groups(TINY))
+  assert {g.what for g in groups} == set(bench_decode.STEPS)
+  rows = bench.run(groups, seconds=0.0)
+  assert len(rows) == 3 * len(groups)
+  for row in rows:
+    assert "error" not in row, row
+    assert row["reference"] == "by hand" and row["direction"] == "forward"
+    assert row["difference"] < 1e-4, (row["what"], row["difference"])
+    assert row["tokens_per_s"] == pytest.approx(1e3 / row["median_ms"])
+  page = bench.report(
+    {"suite": "cpu", **bench.machine(), "minutes": 0, "command": "toy", "rows": rows}
+  )
+  assert page.count("| by hand |") == len(groups) and "## One token" in page
+
+
+def test_calls_in_a_row_are_shared_out():
+  ticks = iter(range(10**6))
+  calls = {"slow": lambda x: (None, x), "fast": lambda x: (None, x)}
+  toy = dataclasses.replace(group(calls, directions=("forward",)), calls=10)
+  rows = timing.measure(toy, 0, clock=lambda: next(ticks))
+  # One tick a round, of ten calls.
+  assert {r["median_ms"] for r in rows} == {100.0}
+
+
 def test_only_takes_a_part():
   calls = {"slow": lambda x: (None, 2 * x)}
   other = timing.Group(
@@ -157,7 +185,7 @@ def test_goals_are_read_from_their_rows():
   assert bench._goal(fastest, bench.find([row], fastest))[2:] == ("1.20×", "no")
   assert bench.find([row | {"default": False}], own) is None
   assert bench._goal(own, None)[2:] == ("not measured", "")
-  memory = bench.GOALS["cpu"][-1]
+  memory = next(g for g in bench.GOALS["cpu"] if g.key == "temp_bytes")
   assert bench._goal(memory, row)[2:] == ("24.0 MB", "yes")
   assert bench._goal(memory, row | {"temp_bytes": 25e6})[2:] == (
     "25.0 MB",

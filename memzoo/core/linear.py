@@ -15,6 +15,32 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
   return y.astype(x.dtype)
 
 
+def dot_complex(x: jax.Array, re: jax.Array, im: jax.Array) -> jax.Array:
+  """x [..., D] @ (re + i im) [D, N], real in, complex64 [..., N] out.
+
+  A sequence takes one product with both matrices side by side. One input takes
+  two: putting matrices side by side would cost it more than the products.
+  """
+  if x.ndim == 1:
+    parts = dot(x, re), dot(x, im)
+  else:
+    parts = jnp.split(dot(x, jnp.concatenate([re, im], axis=1)), 2, axis=-1)
+  return jax.lax.complex(*(y.astype(jnp.float32) for y in parts))
+
+
+def dot_real(h: jax.Array, re: jax.Array, im: jax.Array, dtype) -> jax.Array:
+  """Re(h [..., N] @ (re + i im) [N, D]), complex in, [..., D] of `dtype` out;
+  for a sequence and for one input as `dot_complex`."""
+  parts = h.real.astype(dtype), h.imag.astype(dtype)
+  if h.ndim == 1:
+    y, z = (
+      jnp.matmul(p, w.astype(dtype), preferred_element_type=jnp.float32)
+      for p, w in zip(parts, (re, im))
+    )
+    return (y - z).astype(dtype)
+  return dot(jnp.concatenate(parts, axis=-1), jnp.concatenate([re, -im]))
+
+
 def dot_blocks(x: jax.Array, w: jax.Array, parts: int) -> jax.Array:
   """x [..., D] times matrices that are block-diagonal: heads that do not mix.
 

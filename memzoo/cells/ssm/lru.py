@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memzoo.core import cell
-from memzoo.core.linear import dot
+from memzoo.core.linear import dot_complex, dot_real
 from memzoo.core.registry import register
 from memzoo.ops import arguments
 from memzoo.ops.linear_recurrence import linear_recurrence
@@ -125,16 +125,14 @@ class LRU(cell.Cell):
 
   def _write(self, params, x):
     """exp(γ_log) ⊙ (B u): [..., D] -> complex64 [..., N]."""
-    b = jnp.concatenate([params["b_re"], params["b_im"]], axis=1)
     gamma = jnp.exp(params["gamma_log"].astype(jnp.float32))
-    re, im = jnp.split(dot(x, b).astype(jnp.float32), 2, axis=-1)
-    return jax.lax.complex(gamma * re, gamma * im)
+    u = dot_complex(x, params["b_re"], params["b_im"])
+    return jax.lax.complex(gamma * u.real, gamma * u.imag)
 
   def _read(self, params, h, x):
     """Re(C h) + D ⊙ u: complex64 [..., N] -> [..., D]."""
-    c = jnp.concatenate([params["c_re"], -params["c_im"]])
-    parts = jnp.concatenate([h.real, h.imag], axis=-1)
-    return dot(parts.astype(x.dtype), c) + params["d"].astype(x.dtype) * x
+    y = dot_real(h, params["c_re"], params["c_im"], x.dtype)
+    return y + params["d"].astype(x.dtype) * x
 
 
 def _eigenvalues(params):

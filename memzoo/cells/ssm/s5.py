@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memzoo.core import cell, initializers
-from memzoo.core.linear import dot
+from memzoo.core.linear import dot_complex, dot_real
 from memzoo.core.registry import register
 from memzoo.ops import arguments, hippo
 from memzoo.ops.linear_recurrence import linear_recurrence
@@ -152,12 +152,10 @@ class S5(cell.Cell):
 
 def drive(params, x):
   """B̃ u: [..., D] -> complex64 [..., N/2]."""
-  b = jnp.concatenate([params["b_re"], params["b_im"]], axis=1)
-  return jax.lax.complex(*jnp.split(dot(x, b).astype(jnp.float32), 2, axis=-1))
+  return dot_complex(x, params["b_re"], params["b_im"])
 
 
 def read_out(params, h, x):
   """2 Re(C̃ x) + D ⊙ u: complex64 [..., N/2], as C̃ has rows -> [..., D]."""
-  c = 2 * jnp.concatenate([params["c_re"], -params["c_im"]])
-  parts = jnp.concatenate([h.real, h.imag], axis=-1)
-  return dot(parts.astype(x.dtype), c) + params["d"].astype(x.dtype) * x
+  y = 2 * dot_real(h, params["c_re"], params["c_im"], x.dtype)
+  return y + params["d"].astype(x.dtype) * x
