@@ -38,7 +38,7 @@ class State(NamedTuple):
   year=2024,
   paper="Behrouz et al. 2024, arXiv:2501.00663",
   write="gradient step with momentum and decay",
-  evidence="silver",
+  evidence="gold",
   parity="titans-pytorch 0.5.5, NeuralMemory (what it learns)",
   tiny=dict(d_model=22, num_heads=2, mini_batch_size=4, conv_size=3),
 )
