@@ -235,6 +235,17 @@ def hybrid():
   )  # fmt: skip
 
 
+def test_without_norms_a_linear_memory_makes_a_linear_model():
+  cell = memzoo.make("lru", d_model=4, d_state=3)
+  model = models.SequenceRegressor(
+    cell, 2, 1, d_input=1, mlp_width=0, norm="none", rngs=nnx.Rngs(0)
+  )
+  x = jax.random.normal(jax.random.key(0), (1, 5, 1))
+  _, once = call(model, None, x)
+  _, thrice = call(model, None, 3 * x)
+  assert relative(thrice, 3 * once) <= FORWARD
+
+
 def test_packed_documents_equal_separate_ones(hybrid):
   one, two = tokens(1, 3), tokens(1, 4, seed=1)
   packed = jnp.concatenate([one, two], axis=1)
@@ -731,7 +742,7 @@ class Token(memzoo.Cell):
      lambda: lm([gru(), linear()], 3)),
     (ValueError, "multiple of the 1 cell.* got 0", lambda: lm(gru(), 0)),
     (ValueError, "unknown mlp 'gleu'; did you mean", lambda: lm(gru(), 1, mlp="gleu")),
-    (ValueError, "unknown norm 'batch'; known: layer, rms",
+    (ValueError, "unknown norm 'batch'; known: layer, none, rms",
      lambda: lm(gru(), 1, norm="batch")),
     (ValueError, r"rate in \[0, 1\), got 1", lambda: lm(gru(), 1, dropout=1)),
     (ValueError, "mlp_width must be an integer, 0 or more, got -1",

@@ -14,7 +14,7 @@ from memzoo.models.layers import MemoryLayer, check_cell
 from memzoo.ops import norm
 from memzoo.ops.conv import conv, empty as empty_conv
 
-NORMS = ("rms", "layer")
+NORMS = ("rms", "layer", "none")
 MLPS = {
   "gelu": jax.nn.gelu,
   "relu": jax.nn.relu,
@@ -35,7 +35,8 @@ class BlockOptions:
       block without one: a mixer only. A `Stack` also takes a tuple, one width
       for each cell of its list.
     dropout: rate on what each branch adds to the residual.
-    norm: 'rms' or 'layer', before each branch.
+    norm: 'rms' or 'layer', before each branch; 'none' for signals, whose
+      amplitude a norm would take away.
     conv_size: taps of a causal short convolution in front of the memory; 0
       for none.
     remat: recompute the block in the backward pass instead of keeping its
@@ -79,13 +80,15 @@ class BlockOptions:
 
 
 class Norm(nnx.Module):
-  """RMS norm or layer norm with a learned scale (and bias)."""
+  """RMS norm or layer norm with a learned scale (and bias), or neither."""
 
   def __init__(self, width: int, kind: str):
-    self.scale = nnx.Param(jnp.ones((width,)))
+    self.scale = nnx.Param(jnp.ones((width,))) if kind != "none" else None
     self.bias = nnx.Param(jnp.zeros((width,))) if kind == "layer" else None
 
   def __call__(self, x):
+    if self.scale is None:
+      return x
     if self.bias is None:
       return norm.rms_norm(x, self.scale[...])
     return norm.layer_norm(x, self.scale[...], self.bias[...])
