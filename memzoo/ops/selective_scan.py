@@ -20,6 +20,7 @@ from memzoo.ops.linear_recurrence import (
   FUNCTION as RECURRENCE,
   Inputs as RecurrenceInputs,
   Local as RecurrenceLocal,
+  linear_recurrence,
 )
 
 BLOCK_SIZE = 64  # at most so many steps between two states that are kept
@@ -67,7 +68,8 @@ def selective_scan(
     reset: bool [T]; True: the state is `fresh` before step t.
     mask: bool [T]; False: no step t; the output there is zero.
     fresh: [D, N], zeros by default.
-    implementation: 'scan' (the step loop, in checkpointed blocks),
+    implementation: 'scan' (the step loop, in checkpointed blocks; with N = 1
+      a linear recurrence),
       'chunk' (an associative scan in checkpointed chunks), or None.
     chunk_size: C of the chunk form, a power of two. A chunk holds a few
       [C, D, N] at a time.
@@ -85,10 +87,15 @@ def selective_scan(
   if mask is not None and reset is not None:
     reset = reset & mask
   inputs = Inputs(x, dt, b, c, reset, mask)
+
+  def scan():
+    if h.shape[1] == 1:
+      return _thin(h, inputs, (a, fresh))
+    size = even_blocks(x.shape[0])
+    return chunk.run(_block, h, inputs, (a, fresh), chunk_size=size)
+
   forms = {
-    "scan": lambda: chunk.run(
-      _block, h, inputs, (a, fresh), chunk_size=even_blocks(x.shape[0])
-    ),
+    "scan": scan,
     "chunk": lambda: chunk.run(
       FUNCTION, h, inputs, (a, fresh), chunk_size=chunk_size
     ),
@@ -136,6 +143,21 @@ def _block(h, inputs: Inputs, constants):
   return arguments.scan_steps(
     lambda h, i: step(h, i.x, i.dt, a, i.b, i.c), h, inputs, fresh
   )
+
+
+def _thin(h, inputs: Inputs, constants):
+  """With N = 1 decays and writes are no larger than x: a linear recurrence
+  takes them as they are."""
+  a, fresh = constants
+  x, dt, b, c, reset, mask = inputs
+  if mask is not None:
+    x, dt, b, c = (jnp.where(mask[:, None], y, 0) for y in (x, dt, b, c))
+  decay, write = _discretize(x, dt, a, b)
+  state, states = linear_recurrence(
+    h[:, 0], write[..., 0], decay=decay[..., 0], reset=reset, mask=mask,
+    fresh=None if fresh is None else fresh[:, 0], implementation="scan",
+  )  # fmt: skip
+  return state[:, None], (states * c.astype(h.dtype)).astype(x.dtype)
 
 
 class Local(NamedTuple):

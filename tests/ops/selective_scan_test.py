@@ -122,6 +122,22 @@ def test_stress_grid():
       assert not np.any(at(got)[1][~np.asarray(cases[n]["mask"])])
 
 
+def test_one_state_a_channel():
+  """N = 1, which the scan form leaves to the linear recurrence."""
+  cases = [
+    {k: x if k in ("x", "dt", "reset", "mask") else x[:, :1]
+     for k, x in make(case).items()}
+    for case in CASES
+  ]  # fmt: skip
+  _, want = run("naive", cases)
+  got, grads = run("scan", cases)
+  for n, case in enumerate(CASES):
+    at = lambda tree, n=n: jax.tree.map(lambda x: x[n], tree)
+    assert checks.relative(at(got), oracle(cases[n])) <= checks.FORWARD, case
+    assert checks.relative(at(grads), at(want)) <= checks.GRADIENT, case
+    assert not np.any(at(got)[1][~np.asarray(cases[n]["mask"])])
+
+
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 @pytest.mark.parametrize("form", FORMS)
