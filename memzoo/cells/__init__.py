@@ -68,6 +68,7 @@ from memzoo.cells.rnn.unicornn import UnICORNN as UnICORNN
 from memzoo.cells.slot.token_turing_machine import (
   TokenTuringMachine as TokenTuringMachine,
 )
+from memzoo.cells.ssm.chimera import Chimera as Chimera
 from memzoo.cells.ssm.dss import DSS as DSS
 from memzoo.cells.ssm.hyena import Hyena as Hyena
 from memzoo.cells.ssm.lmu import LMU as LMU
