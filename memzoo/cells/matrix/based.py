@@ -25,7 +25,7 @@ class State(NamedTuple):
   year=2024,
   paper="Arora et al. 2024, arXiv:2402.18668",
   write="add",
-  evidence="silver",
+  evidence="gold",
   parity="fla-core 0.6, based (its op)",
   tiny=dict(d_model=6, num_heads=2, feature_dim=3, head_dim=5),
 )
