@@ -29,7 +29,7 @@ class State(NamedTuple):
   year=2024,
   paper="De et al. 2024, arXiv:2402.19427",
   write="gated decay, add what is free",
-  evidence="silver",
+  evidence="gold",
   parity="transformers 5.23, RecurrentGemmaRecurrentBlock",
   tiny=dict(d_model=5, d_rnn=6, num_heads=2, conv_size=3, whole_first=True),
 )
