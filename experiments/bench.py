@@ -379,7 +379,7 @@ def _agreement(rows) -> str:
 
 def _goal(goal: Goal, row):
   ratio = goal.key == "ratio"
-  wanted = f"≥ {goal.bound:g}×" if ratio else f"< {goal.bound / 1e6:g} MB"
+  wanted = f"≥ {goal.bound:.3g}×" if ratio else f"< {goal.bound / 1e6:g} MB"
   value = None if row is None else row.get(goal.key)
   if value is not None and goal.against:
     value = row["ratios"].get(goal.against)

@@ -19,7 +19,7 @@ def dot_complex(x: jax.Array, re: jax.Array, im: jax.Array) -> jax.Array:
   """x [..., D] @ (re + i im) [D, N], real in, complex64 [..., N] out.
 
   A sequence takes one product with both matrices side by side. One input takes
-  two: putting matrices side by side would cost it more than the products.
+  two: side by side, all weights are copied for it.
   """
   if x.ndim == 1:
     parts = dot(x, re), dot(x, im)
