@@ -81,6 +81,7 @@ from memzoo.cells.ssm.fast_and_forgetful import (
 from memzoo.cells.ssm.b_mojo import BMojo as BMojo
 from memzoo.cells.ssm.long_mamba import LongMamba as LongMamba
 from memzoo.cells.ssm.long_mamba1 import LongMamba1 as LongMamba1
+from memzoo.cells.ssm.long_vq import LongVQ as LongVQ
 from memzoo.cells.ssm.lru import LRU as LRU
 from memzoo.cells.ssm.lssl import LSSL as LSSL
 from memzoo.cells.ssm.mamba import Mamba as Mamba
