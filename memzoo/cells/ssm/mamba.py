@@ -40,7 +40,7 @@ class Selection(NamedTuple):
   year=2023,
   paper="Gu and Dao 2023, arXiv:2312.00752",
   write="selected decay and add",
-  evidence="silver",
+  evidence="gold",
   parity="transformers 5.23, MambaMixer; mambapy 1.2, MambaBlock",
   tiny=dict(d_model=6, d_state=5, expand=1.5, conv_size=3, dt_rank=2),
 )
