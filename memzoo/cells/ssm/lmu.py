@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
   year=2019,
   paper="Voelker et al. 2019, NeurIPS 32",
   write="Legendre coefficients of a window",
-  evidence="gold",
+  evidence="silver",
   tiny=dict(d_model=5, order=7, theta=9.0),
 )
 @dataclasses.dataclass(frozen=True)
