@@ -65,7 +65,7 @@ class Atlas(cell.Cell):
   Forms: step and scan O(c P) a token, for P weights of the memory; chunk
     O((1 + c / n) P + (c + n) F) in T / n steps (muon: n P numbers each), n > 1.
   Differs: gates are left open: ours are σ, at first α = 0.993, γ = θ = ½ and
-    η = 0.1, of 'gradient' 1 / 2c, or 1 / 2cK where a deep memory learns ‖·‖²
+    η = 0.1, of 'gradient' 1 / 2cn, or 1 / 2cnK where a deep memory learns ‖·‖²
     (η_i^(t) of 56 is η_t γ_i^(t)). α is no diagonal (11). The residual is x,
     φ(x)'s linear part, as φ(x) is wider than v. The layer norm "at the end of
     each chunk" (appendix E) is not defined, nor here. a_i ≥ 0, a set a head.
@@ -110,17 +110,17 @@ class Atlas(cell.Cell):
         raise ValueError(f"Atlas: {field} must be in {values}, got {got!r}")
 
   def init(self, key) -> dict[str, Any]:
-    d, h, k = self.d_model, self.num_heads, self.head_dim
+    d, h, k, muon = self.d_model, self.num_heads, self.head_dim, self._muon
     keys = jax.random.split(key, 6 + self.memory_depth)
     draw, taps = initializers.lecun_normal, self.conv_size
-    most = 10 if self._muon else 2 * self.window * (k if self._residual else 1)
-    bias = jnp.array([5.0, -math.log(most - 1)] + [0.0] * self._muon)
+    most = 2 * self.window * self.mini_batch_size * (k if self._residual else 1)
+    bias = [5.0, -math.log(9 if muon else most - 1)] + [0.0] * muon
     roots = [math.factorial(i) ** -0.5 for i in range(self.degree + 1)]
     params = {
       "qkv": draw(keys[0], (d, 3 * d)),
       "conv": initializers.uniform(keys[1], (taps, 3 * d), taps**-0.5),
       "gates": draw(keys[2], (d, len(bias) * h)),
-      "gate_bias": jnp.tile(bias[:, None], (1, h)),
+      "gate_bias": jnp.tile(jnp.array(bias)[:, None], (1, h)),
       "gamma": draw(keys[3], (d, h * self.window)),
       "gamma_bias": jnp.zeros((h, self.window)),
       "taylor": jnp.tile(jnp.array(roots), (h, 1)),
