@@ -490,9 +490,9 @@ def _chunk(
   back = chunk.last(lag)
   stays = (own > 0) & (back < held)
   target = jnp.where(stays, held - 1.0 - back, held)[0].astype(jnp.int32)
-  move = lambda x: (
-    jnp.zeros((held, x.shape[1]), jnp.float32).at[target].set(x, mode="drop")
-  )
+  rows = lambda x: jnp.zeros((held, x.shape[1]), jnp.float32)
+  # Nothing can be set in no rows, where c = 1.
+  move = lambda x: rows(x).at[target].set(x, mode="drop") if held else rows(x)
   tensors = model, anchor, momentum, move(keys), move(values)
   if cut:
     nan = lambda s: chunk.where(chunk.last(poison), jnp.nan, s)

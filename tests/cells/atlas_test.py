@@ -299,6 +299,24 @@ def test_linear_attention_of_a_matrix_is_attention(window, form):
   assert checks.relative(phi @ model[0].w[0], want) < 1e-3
 
 
+@pytest.mark.parametrize("window", [1, 8])
+def test_first_rates_are_stable_for_whole_mini_batches(window):
+  """Sixteen gradients of c pairs each, all the same and all at one model, do
+  not overshoot: the loss falls from mini-batch to mini-batch. And it can be
+  differentiated, at c = 1 too."""
+  cell = memzoo.make(
+    "atlas", d_model=16, window=window, optimizer="gradient",
+    memory_depth=1, conv_size=1,
+  )  # fmt: skip
+  params = jax.jit(cell.init)(jax.random.key(0))
+  xs = jnp.tile(checks.inputs(cell, 1), (96, 1))
+  loss = np.asarray(run(cell, params, xs, "chunk")[2]["inner_loss"])[15::16]
+  assert np.all(np.diff(loss) < 0), loss
+  total = lambda params: run(cell, params, xs, "chunk")[1].sum()
+  for g in jax.tree.leaves(jax.jit(jax.grad(total))(params)):
+    assert np.all(np.isfinite(g))
+
+
 def test_learns_to_recall_what_was_written():
   """Trained for a short while, one memory of weights and no convolution; with
   a fresh memory at every token it cannot."""
