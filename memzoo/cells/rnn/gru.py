@@ -23,7 +23,7 @@ class State(NamedTuple):
   year=2014,
   paper="Cho et al. 2014, arXiv:1406.1078",
   write="gated mix",
-  evidence="silver",
+  evidence="gold",
   parity="torch 2.13, GRU (reset_after)",
   tiny=dict(d_model=6),
 )
