@@ -24,7 +24,7 @@ class State(NamedTuple):
   year=2023,
   paper="Orvieto et al. 2023, arXiv:2303.06349",
   write="decay and add",
-  evidence="silver",
+  evidence="gold",
   parity="memax 0.1.1, LRU",
   tiny=dict(d_model=6, d_state=5),
 )
