@@ -121,8 +121,9 @@ def _prepare(inputs: Inputs, fresh) -> Local:
   if d.factor is not None:  # one column: the decay is a scalar
     out = mm(a * d.factor, v)
   else:
-    own = jnp.where(chunk.diagonal(q.shape[0]), a, 0.0)
-    out += jnp.sum(own, axis=1, keepdims=True) * v32
+    # A product where a sum over rows would do: XLA's CPU compiler of jaxlib
+    # 0.10.2 and 0.11 gives wrong numbers there (jax-ml/jax#39257).
+    out += mm(jnp.where(chunk.diagonal(q.shape[0]), a, 0.0), v32)
   offset = mm(k.T, v32 * d.onto)
   live = None
   if inputs.reset is not None:

@@ -131,6 +131,28 @@ def test_chunks_are_serial_steps():
   assert checks.trip_counts(fn) == [4]
 
 
+def test_many_rows_inside_a_loop_over_layers():
+  """The size at which a sum in place of a product met a fault of the CPU
+  compiler of jaxlib 0.10.2 (jax-ml/jax#39257)."""
+  r = np.random.default_rng(0)
+  x = jnp.asarray(r.normal(size=(64, 24, 32)), jnp.float32)
+  weights = jnp.asarray(0.1 * r.normal(size=(2, 32, 96)), jnp.float32)
+
+  def layers(form):
+    def row(x, w):
+      q, k, v, g = jnp.split(x @ w, [32, 64, 80], axis=-1)
+      y = value_decay(
+        jnp.zeros((32, 16)), q, k, v, log_decay=jax.nn.log_sigmoid(g) / 8,
+        implementation=form,
+      )[1]  # fmt: skip
+      return jnp.concatenate([y, y], axis=-1)
+
+    layer = lambda x, w: (x + jax.vmap(row, (0, None))(x, w), None)
+    return jax.jit(lambda: jax.lax.scan(layer, x, weights)[0])()
+
+  assert checks.relative(layers("chunk"), layers("scan")) <= checks.FORWARD
+
+
 def test_bad_arguments():
   c = make("plain")
   with pytest.raises(ValueError, match=r"log_decay must be floating \[37, 3\]"):
