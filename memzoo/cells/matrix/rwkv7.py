@@ -40,7 +40,7 @@ class Read(NamedTuple):
   year=2025,
   paper="Peng et al. 2025, arXiv:2503.14456",
   write="decay per channel, remove, add",
-  evidence="silver",
+  evidence="gold",
   parity="rwkv 0.8.32, RWKV_x070_TMix_seq; fla-core 0.6 (its op)",
   tiny=dict(d_model=6, num_heads=2, decay_rank=2, rate_rank=1, gate_rank=3),
 )
