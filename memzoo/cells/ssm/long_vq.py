@@ -60,7 +60,7 @@ class LongVQ(cell.Cell):
     is near. Taken from what it builds on, and so possibly not its own: the
     averages and all gates (Mega), how codes are counted, moved and committed
     to, normed q and k (Transformer-VQ; there layer norms, here root mean
-    square), both as in their authors' code. p is a table; one head.
+    square). p is a table; one head.
   Paper: Liu, Wang, Li, Wang, Lin, Li 2024, "LongVQ: Long Sequence Modeling
     with Vector Quantization on Structured Memory", arXiv:2404.11163. Ma et al.
     2022, "Mega", arXiv:2209.10655; Lingle 2023, arXiv:2309.16354.
