@@ -1,12 +1,9 @@
 """Griffin and Hawk (arXiv:2402.19427, section 2)."""
 
-import functools
-
-from checks import FORWARD, relative
 from flax import nnx
 import jax
-import jax.numpy as jnp
-import numpy as np
+import model_checks
+from model_checks import next_token_loss, no_dead_gradient
 import pytest
 
 from memzoo import models
@@ -44,29 +41,10 @@ def test_streaming_and_gradients():
   every parameter, and all of it is finite."""
   model = build(griffin.griffin(depth=3, mlp_width=5, **TINY))
   tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, V)
+  model_checks.streams(model, tokens)
   graph, params = nnx.split(model)
-
-  @functools.partial(jax.jit, static_argnames="backward")
-  def call(params, state, tokens, backward=False):
-    def loss(params):
-      new, logits = nnx.merge(graph, params)(state, tokens)
-      picked = jnp.take_along_axis(
-        jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
-      )
-      return -jnp.mean(picked), (new, logits)
-
-    if backward:
-      return jax.grad(loss, has_aux=True)(params)
-    return loss(params)[1]
-
-  grads, (_, whole) = call(params, None, tokens, backward=True)
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
-  state, logits = model.initial_state(2), []
-  for t in range(9):
-    state, one = call(params, state, tokens[:, t : t + 1])
-    logits.append(one)
-  assert relative(jnp.concatenate(logits, 1), whole) < FORWARD
+  loss = lambda p: next_token_loss(nnx.merge(graph, p), tokens)
+  no_dead_gradient(jax.jit(jax.grad(loss))(params))
 
 
 def test_published_sizes():

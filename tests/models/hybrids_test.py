@@ -1,12 +1,9 @@
 """Gated DeltaNet-H1 and -H2 (arXiv:2412.06464, section 3.4)."""
 
-import functools
-
-from checks import FORWARD, relative
 from flax import nnx
 import jax
-import jax.numpy as jnp
-import numpy as np
+import model_checks
+from model_checks import next_token_loss, no_dead_gradient
 import pytest
 
 from memzoo import models
@@ -52,29 +49,10 @@ def test_streaming_and_gradients(name):
   every parameter, and all of it is finite."""
   model = build(CASES[name][0])
   tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, V)
+  model_checks.streams(model, tokens)
   graph, params = nnx.split(model)
-
-  @functools.partial(jax.jit, static_argnames="backward")
-  def call(params, state, tokens, backward=False):
-    def loss(params):
-      new, logits = nnx.merge(graph, params)(state, tokens)
-      picked = jnp.take_along_axis(
-        jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
-      )
-      return -jnp.mean(picked), (new, logits)
-
-    if backward:
-      return jax.grad(loss, has_aux=True)(params)
-    return loss(params)[1]
-
-  grads, (_, whole) = call(params, None, tokens, backward=True)
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
-  state, logits = model.initial_state(2), []
-  for t in range(9):
-    state, one = call(params, state, tokens[:, t : t + 1])
-    logits.append(one)
-  assert relative(jnp.concatenate(logits, 1), whole) < FORWARD
+  loss = lambda p: next_token_loss(nnx.merge(graph, p), tokens)
+  no_dead_gradient(jax.jit(jax.grad(loss))(params))
 
 
 def test_published_sizes():

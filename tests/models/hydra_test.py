@@ -6,6 +6,8 @@ from checks import FORWARD, GRADIENT, relative, wave
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import model_checks
+from model_checks import call, shaken, values
 import numpy as np
 import optax
 import pytest
@@ -24,15 +26,7 @@ TINY = dict(
 @functools.cache
 def tiny():
   """Parameters away from their starting values."""
-  model = Hydra(V, **TINY, rngs=nnx.Rngs(0))
-  r = np.random.default_rng(3)
-  noise = lambda x: jnp.asarray(x + 0.4 * r.normal(size=x.shape), jnp.float32)
-  return jax.tree.map(noise, model)
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def call(model, state, tokens, **given):
-  return model(state, tokens, **given)
+  return shaken(Hydra(V, **TINY, rngs=nnx.Rngs(0)), 0.4)
 
 
 def draw(shape, seed=1):
@@ -124,11 +118,6 @@ def facts(p, xs, knn):
   return np.stack(out)
 
 
-def values(module):
-  p = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(module)))
-  return p
-
-
 def oracle(model, tokens):
   """Logits of one row, and its slots at the end."""
   p, logits = values(model), []
@@ -202,17 +191,9 @@ def test_streams_by_segments():
   reset = np.zeros((3, 3), bool)
   reset[0, 1] = reset[1, 1] = reset[2, 2] = True  # row 1: at no token
   dirty = jnp.where(mask, tokens, 99)
-  end, whole = call(model, None, dirty, mask=mask, reset=reset)
-  np.testing.assert_array_equal(np.any(whole, -1), mask)
-  state, parts = model.initial_state(3), []
-  for s in range(3):
-    cut = lambda x, s=s: x[:, s * L : (s + 1) * L]
-    state, y = call(
-      model, state, cut(tokens), mask=cut(mask), reset=reset[:, s : s + 1]
-    )
-    parts.append(y)
-  assert relative(jnp.concatenate(parts, 1), whole) < FORWARD
-  assert relative(state, end) < FORWARD
+  _, whole = model_checks.streams(
+    model, dirty, unit=L, mask=mask, reset=reset
+  )
   # Row 0 from its second segment, row 1 without its empty one, row 2's last.
   later = jnp.stack([tokens[0, L:], tokens[1, jnp.r_[:L, 2 * L : 3 * L]]])
   _, alone = call(model, None, later)
@@ -246,33 +227,15 @@ def test_gradients_and_learning():
   model = Hydra(
     V, **{**TINY, "d_model": 16, "depth": 2, "slots": 8}, rngs=nnx.Rngs(0)
   )
-  graph, params = nnx.split(model, nnx.Param)
-  params, optimizer = nnx.to_pure_dict(params), optax.adam(1e-2)
 
-  def loss(params, key):
+  def loss(model, key):
     tokens = jax.random.randint(key, (32, 2 * L), 1, V)
-    asked = tokens.at[:, -1].set(0)
-    _, logits = nnx.merge(graph, params)(None, asked)
+    _, logits = model(None, tokens.at[:, -1].set(0))
     return optax.softmax_cross_entropy_with_integer_labels(
       logits[:, -1], tokens[:, 0]
     ).mean()
 
-  @jax.jit
-  def train(params):
-    def step(carry, key):
-      params, state = carry
-      value, grads = jax.value_and_grad(loss)(params, key)
-      with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state)
-      return (optax.apply_updates(params, updates), state), value
-
-    first = jax.grad(loss)(params, jax.random.key(3))
-    keys = jax.random.split(jax.random.key(1), 400)
-    return first, jax.lax.scan(step, (params, optimizer.init(params)), keys)[1]
-
-  grads, losses = train(params)
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+  _, losses = model_checks.train(model, loss, 400)
   assert losses[-20:].mean() < 0.5 * np.log(V - 1), losses[::40]
 
 
@@ -302,15 +265,13 @@ def test_memories_alone():
 
 
 def test_wrong_arguments():
-  make = lambda **o: Hydra(V, **{**TINY, **o}, rngs=nnx.Rngs(0))
-  for match, options in (
+  model_checks.refuses(
+    lambda **o: Hydra(V, **{**TINY, **o}, rngs=nnx.Rngs(0)),
     ("chunk=4 must divide segment=6", dict(chunk=4)),
     ("knn_experts <= num_experts", dict(knn_experts=4)),
     ("slots must be an integer, 1", dict(slots=0)),
     ("num_heads=3 must divide d_model=4", dict(num_heads=3)),
-  ):
-    with pytest.raises(ValueError, match=match):
-      make(**options)
+  )
   with pytest.raises(ValueError, match=r"int \[B, S · 6\], whole segments"):
     tiny()(None, draw((1, 7)))
   with pytest.raises(ValueError, match=r"reset must be bool \[1, 2\]"):

@@ -6,6 +6,8 @@ from checks import FORWARD, relative, wave
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import model_checks
+from model_checks import call, no_dead_gradient
 import numpy as np
 import optax
 import pytest
@@ -50,7 +52,6 @@ def inputs(length, rows=1, seed=1):
   return jnp.asarray(r.normal(size=(rows, length, 3)), jnp.float32)
 
 
-call = jax.jit(lambda model, state, xs, **given: model(state, xs, **given))
 finish = jax.jit(lambda model, state: model.finish(state))
 classify = jax.jit(lambda model, xs, **given: model.classify(xs, **given))
 
@@ -188,15 +189,7 @@ def test_streams_under_resets_and_gaps(spiking):
   model, xs = tiny(spiking), inputs(15, 3)
   given = dict(mask=MASK, reset=RESET)
   dirty = jnp.where(MASK[..., None], xs, 1e9)
-  end, whole = call(model, None, dirty, **given)
-  state, parts = model.initial_state(3), []
-  for t in range(15):
-    cut = lambda x, t=t: x[:, t : t + 1]
-    state, y = call(model, state, cut(xs), mask=cut(MASK), reset=cut(RESET))
-    parts.append(y[:, 0])
-  assert relative(jnp.stack(parts, 1), whole) < FORWARD
-  assert relative(state, end) < FORWARD
-  assert relative(finish(model, state), finish(model, end)) < FORWARD
+  end, whole = model_checks.streams(model, dirty, prompt=False, **given)
   # The last sequence of each row alone; that of row 1 has three tokens, of
   # which `finish` alone tells.
   last = MASK & (np.arange(15) >= np.array([[8], [11], [0]]))
@@ -230,8 +223,7 @@ def test_gradients_are_finite_and_none_dead(spiking):
     return wave(model.classify(xs, mask=mask))
 
   grads = nnx.to_pure_dict(grad(params))
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+  no_dead_gradient(grads)
 
 
 def test_batch_norm_of_what_is_there():

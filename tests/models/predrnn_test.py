@@ -6,6 +6,7 @@ from checks import FORWARD, relative, wave
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from model_checks import call, shaken
 import numpy as np
 import optax
 import pytest
@@ -18,19 +19,12 @@ FRAME = (4, 6, 1)
 @functools.cache
 def tiny():
   model = PredRNN(FRAME, hidden=3, depth=2, size=3, patch=2, rngs=nnx.Rngs(0))
-  r = np.random.default_rng(3)
-  noise = lambda x: jnp.asarray(x + 0.2 * r.normal(size=x.shape), jnp.float32)
-  return jax.tree.map(noise, model)
+  return shaken(model, 0.2)
 
 
 def frames(length, rows=1, seed=1):
   r = np.random.default_rng(seed)
   return jnp.asarray(r.normal(size=(rows, length, *FRAME)), jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="reports")
-def call(model, state, xs, **given):
-  return model(state, xs, **given)
 
 
 def sigmoid(z):

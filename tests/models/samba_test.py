@@ -1,11 +1,12 @@
 """Samba (arXiv:2406.07522, section 2.1) and what it was compared with."""
 
-import functools
 
 from checks import FORWARD, relative
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import model_checks
+from model_checks import call, shaken
 import numpy as np
 import optax
 import pytest
@@ -26,13 +27,6 @@ def build(made, vocab_size=V):
   return models.LanguageModel(
     made.cells, made.depth, vocab_size, **made.options, rngs=nnx.Rngs(0)
   )
-
-
-def shaken(model):
-  """Parameters away from their starting values."""
-  r = np.random.default_rng(3)
-  noise = lambda x: jnp.asarray(x + 0.1 * r.normal(size=x.shape), jnp.float32)
-  return jax.tree.map(noise, model)
 
 
 # The paper's layers, token by token.
@@ -117,11 +111,6 @@ def oracle(model, tokens):
   return rms(x, encoder["norm"]["scale"]) @ encoder["embedding"].T
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def call(model, state, tokens, **given):
-  return model(state, tokens, **given)
-
-
 @pytest.mark.parametrize("name", PATTERNS)
 def test_paper_equation(name):
   """Past the window, and each arrangement of figure 2."""
@@ -183,19 +172,9 @@ def test_streams_token_by_token():
   tokens = jax.random.randint(jax.random.key(2), (2, 11), 0, V)
   mask = jnp.ones((2, 11), bool).at[0, :2].set(False).at[1, 5].set(False)
   reset = jnp.zeros((2, 11), bool).at[1, 6].set(True)
-  end, logits = call(model, None, tokens, mask=mask, reset=reset)
-  assert np.all(np.any(logits, -1) == mask)
-  state, rows = model.initial_state(2), []
-  for t in range(11):
-    column = lambda x, t=t: x[:, t : t + 1]
-    state, row = call(
-      model, state, column(tokens), mask=column(mask), reset=column(reset)
-    )
-    rows.append(row[:, 0])
-  assert relative(jnp.stack(rows, 1), logits) < FORWARD
-  assert relative(state, end) < FORWARD
+  end, logits = model_checks.streams(model, tokens, mask=mask, reset=reset)
   shapes = lambda s: jax.tree.map(jnp.shape, s)
-  assert shapes(state) == shapes(model.initial_state(2))
+  assert shapes(end) == shapes(model.initial_state(2))
   _, fresh = call(model, None, tokens[1:, 6:])
   assert relative(logits[1:, 6:], fresh) < FORWARD
 
@@ -228,39 +207,17 @@ def test_learns_near_and_far_and_beyond_its_length():
   holds and the first token of all; also in texts twice as long."""
   far = Mamba(16, d_state=8)
   made = samba(16, 2, attention_heads=1, window=5, mlp_width=32, recurrent=far)
-  model = build(made, 17)
-  graph, params = nnx.split(model, nnx.Param)
-  optimizer = optax.adam(1e-2)
 
-  def loss(params, key):
+  def loss(model, key):
     tokens, targets, near, far = questions(key, 32, 5)
-    _, logits = nnx.merge(graph, params)(None, tokens, implementation="scan")
+    _, logits = model(None, tokens, implementation="scan")
     cost = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.mean(cost, where=near | far)
 
-  def step(carry, key):
-    params, state = carry
-    value, grads = jax.value_and_grad(loss)(params, key)
-    with jax.numpy_dtype_promotion("standard"):
-      updates, state = optimizer.update(grads, state)
-    return (optax.apply_updates(params, updates), state), (value, grads)
-
-  @jax.jit
-  def train(params):
-    keys = jax.random.split(jax.random.key(1), 600)
-    carry, (losses, grads) = jax.lax.scan(
-      step, (params, optimizer.init(params)), keys
-    )
-    return carry[0], losses, grads
-
-  params, losses, grads = train(nnx.to_pure_dict(params))
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+  model, losses = model_checks.train(build(made, 17), loss, 600)
   assert losses[-20:].mean() < 0.2 * losses[0], losses[::60]
   tokens, targets, near, far = questions(jax.random.key(2), 64, 10)
-  _, logits = call(
-    nnx.merge(graph, params), None, tokens, implementation="scan"
-  )
+  _, logits = call(model, None, tokens, implementation="scan")
   right = jnp.argmax(logits, -1) == targets
   late = jnp.arange(50) >= 25
   for asked in (near, far):

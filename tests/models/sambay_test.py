@@ -1,14 +1,14 @@
 """SambaY (arXiv:2507.06607, section 2): one cache, one memory, many readers."""
 
 import functools
-import json
 
-from checks import FORWARD, relative, wave
+from checks import FORWARD, relative
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import model_checks
+from model_checks import call, shaken, values
 import numpy as np
-import optax
 import pytest
 
 from memzoo import models
@@ -25,15 +25,7 @@ TINY = dict(
 @functools.cache
 def tiny(depth=12):
   """Parameters away from their starting values; two repeats above."""
-  model = SambaY(depth, V, **TINY, rngs=nnx.Rngs(0))
-  r = np.random.default_rng(3)
-  noise = lambda x: jnp.asarray(x + 0.1 * r.normal(size=x.shape), jnp.float32)
-  return jax.tree.map(noise, model)
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def call(model, state, tokens, **given):
-  return model(state, tokens, **given)
+  return shaken(SambaY(depth, V, **TINY, rngs=nnx.Rngs(0)))
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -47,10 +39,6 @@ def silu(z):
 
 def rms(x, scale):
   return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * scale
-
-
-def values(module):
-  return jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(module)))
 
 
 def read_outs(p, xs):
@@ -170,20 +158,9 @@ RESET = jnp.zeros((2, 10), bool).at[1, 6].set(True)
 
 
 def test_streams_token_by_token():
-  model = tiny()
   tokens = jax.random.randint(jax.random.key(2), (2, 10), 0, V)
-  end, logits = call(model, None, tokens, mask=MASK, reset=RESET)
-  assert np.all(np.any(logits, -1) == MASK)
-  state, rows = model.initial_state(2), []
-  for t in range(10):
-    column = lambda x, t=t: x[:, t : t + 1]
-    state, row = call(
-      model, state, column(tokens), mask=column(MASK), reset=column(RESET)
-    )
-    rows.append(row[:, 0])
-  assert relative(jnp.stack(rows, 1), logits) < FORWARD
-  assert relative(state, end) < FORWARD
-  _, fresh = call(model, None, tokens[1:, 6:])
+  _, logits = model_checks.streams(tiny(), tokens, mask=MASK, reset=RESET)
+  _, fresh = call(tiny(), None, tokens[1:, 6:])
   assert relative(logits[1:, 6:], fresh) < FORWARD
 
 
@@ -240,70 +217,27 @@ def test_remember_leaves_what_attention_leaves():
 
 
 def test_gradients_and_learning():
-  """Every parameter has a gradient; a text with a far repeat is learnt, and a
-  reset lets no gradient through."""
-  model = tiny(8)
-  graph, params = nnx.split(model, nnx.Param)
-  params, optimizer = nnx.to_pure_dict(params), optax.adam(1e-2)
-  half = jax.random.randint(jax.random.key(5), (32, 5), 0, V)
-  text = jnp.concatenate([half, half], 1)
+  """A text with a far repeat is learnt, and a reset lets no gradient
+  through."""
+  model_checks.learns_to_repeat(tiny(8), V, implementation="scan")
+  model_checks.no_gradient_through_a_reset(tiny(8), V)
 
-  def loss(params):
-    _, logits = nnx.merge(graph, params)(
-      None, text[:, :-1], implementation="scan"
-    )
-    cost = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
-    return cost[:, 5:].mean()
 
-  @jax.jit
-  def train(params):
-    def step(carry, _):
-      params, state = carry
-      value, grads = jax.value_and_grad(loss)(params)
-      with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state)
-      return (optax.apply_updates(params, updates), state), (value, grads)
-
-    carry = params, optimizer.init(params)
-    return jax.lax.scan(step, carry, length=150)[1]
-
-  losses, grads = train(params)
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g[0]).max() > 0, path
-  assert losses[-1] < 0.2 * losses[0], losses[::15]
-
-  reset = jnp.zeros((2, 10), bool).at[:, 4].set(True)
-
-  @jax.jit
-  @jax.grad
-  def through(weight):
-    stack, embedding = model.encoder.stack, model.encoder.embedding[...]
-    x = embedding[text[:2]] * weight[None, :, None]
-    return wave(stack(stack.initial_state(2), x, reset=reset)[1][:, 4:])
-
-  g = through(jnp.ones(10))
-  assert not np.any(g[:4]) and np.all(g[4:])
+def make(**options):
+  return SambaY(
+    **{**dict(depth=8, vocab_size=V), **TINY, **options}, rngs=nnx.Rngs(0)
+  )
 
 
 def test_config_round_trip_and_wrong_options():
-  make = lambda **o: SambaY(8, V, **{**TINY, **o}, rngs=nnx.Rngs(0))
-  model = nnx.eval_shape(lambda: make(dropout=0.1, dtype="bfloat16"))
-  config = json.loads(json.dumps(model.config()))
-  again = nnx.eval_shape(lambda: SambaY(**config, rngs=nnx.Rngs(0)))
-  assert again.config() == model.config()
-  assert jax.tree.structure(again) == jax.tree.structure(model)
+  model_checks.config_round_trip(lambda: make(dropout=0.1, dtype="bfloat16"))
   state = jax.eval_shape(lambda: make(dtype="bfloat16").initial_state(1))
   assert state.layers.cache.k.dtype == jnp.bfloat16
-  for match, options in (
+  model_checks.refuses(
+    make,
     ("multiple of 4, 8 or more, got 6", dict(depth=6)),
     ("capacity must be a positive integer, got 0", dict(capacity=0)),
     ("mlp_width must be positive", dict(mlp_width=0)),
     ("one MLP and no convolution", dict(conv_size=3)),
     ("num_heads=3 must divide d_model=8", dict(num_heads=3, num_kv_heads=1)),
-  ):
-    with pytest.raises(ValueError, match=match):
-      nnx.eval_shape(
-        lambda o=options: SambaY(
-          **{**dict(depth=8, vocab_size=V), **TINY, **o}, rngs=nnx.Rngs(0)
-        )
-      )
+  )

@@ -6,8 +6,8 @@ from checks import FORWARD, GRADIENT, relative, wave
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from model_checks import call, no_dead_gradient, shaken, train
 import numpy as np
-import optax
 import pytest
 
 from memzoo.models.skim import MEMORIES, SkiM
@@ -17,19 +17,12 @@ def build(memory="hc", segment=4, depth=3):
   model = SkiM(
     3, 5, 2, depth=depth, segment=segment, memory=memory, rngs=nnx.Rngs(0)
   )
-  r = np.random.default_rng(3)
-  noise = lambda x: jnp.asarray(x + 0.2 * r.normal(size=x.shape), jnp.float32)
-  return jax.tree.map(noise, model)
+  return shaken(model, 0.2)
 
 
 def inputs(length, rows=1):
   r = np.random.default_rng(1)
   return jnp.asarray(r.normal(size=(rows, length, 3)), jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "max_resets"))
-def call(model, state, xs, **given):
-  return model(state, xs, **given)
 
 
 def sigmoid(z):
@@ -118,8 +111,7 @@ def test_forms_agree_under_resets_and_gaps():
   assert relative(got, want) < FORWARD
   floats = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == "f4"]
   assert relative(floats(grads), floats(want_grads)) < GRADIENT
-  for path, g in jax.tree_util.tree_leaves_with_path(grads[0]):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+  no_dead_gradient(grads[0])
   assert relative(jax.tree.map(lambda s: s[2], got[0]),
                   jax.tree.map(lambda s: s[2], begin)) == 0  # fmt: skip
   assert np.array_equal(np.any(got[1], -1), MASK)
@@ -170,32 +162,14 @@ def test_causal_and_the_memory_skips_segments():
 def test_learns_across_segments():
   """The sign of the first input, in all segments after its own."""
   model = SkiM(8, 8, 1, depth=2, segment=4, rngs=nnx.Rngs(0))
-  graph, params = nnx.split(model, nnx.Param)
-  optimizer = optax.adam(1e-2)
 
-  def batch(key):
+  def loss(model, key):
     xs = 0.5 * jax.random.normal(key, (32, 16, 8)).at[:, :, 4:].set(0.0)
     first = jnp.sign(xs[:, 0, 0])
-    return xs.at[:, 0, 4].set(first), first[:, None]
+    ys = model(None, xs.at[:, 0, 4].set(first))[1][:, 4:, 0]
+    return jnp.mean(jnp.square(ys - first[:, None]))
 
-  def loss(params, key):
-    xs, target = batch(key)
-    ys = nnx.merge(graph, params)(None, xs)[1][:, 4:, 0]
-    return jnp.mean(jnp.square(ys - target))
-
-  def step(carry, key):
-    params, state = carry
-    value, grads = jax.value_and_grad(loss)(params, key)
-    with jax.numpy_dtype_promotion("standard"):
-      updates, state = optimizer.update(grads, state)
-    return (optax.apply_updates(params, updates), state), value
-
-  @jax.jit
-  def train(params):
-    keys = jax.random.split(jax.random.key(1), 400)
-    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[1]
-
-  losses = train(nnx.to_pure_dict(params))
+  _, losses = train(model, loss, 400)
   assert losses[-20:].mean() < 0.15, losses[::40]
 
 

@@ -7,8 +7,9 @@ import checks
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import model_checks
+from model_checks import call, next_token_loss
 import numpy as np
-import optax
 import pytest
 
 import memzoo
@@ -313,84 +314,36 @@ def lm(name, **options):
   )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("reports", "implementation"))
-def call(model, state, tokens, **kwargs):
-  return model(state, tokens, **kwargs)
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_language_model_decodes_as_it_trains(name):
   model = lm(name)
   tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, V)
   mask = jnp.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1]], bool)
   reset = jnp.zeros((2, 7), bool).at[1, 4].set(True)
-  end, logits, reports = call(
-    model, None, tokens, mask=mask, reset=reset, reports=True,
-    implementation="scan",
-  )  # fmt: skip
+  flags = dict(mask=mask, reset=reset)
+  _, _, reports = call(
+    model, None, tokens, **flags, reports=True, implementation="scan"
+  )
   assert reports["surprise"] > 0 and "layers/1/inner_loss" in reports
-  assert np.all(np.any(logits, -1) == mask)
-  state, rows = model.initial_state(2), []
-  for t in range(7):
-    column = lambda x, t=t: x[:, t : t + 1]
-    state, row = call(
-      model, state, column(tokens), mask=column(mask), reset=column(reset)
-    )
-    rows.append(row[:, 0])
-  assert checks.relative(jnp.stack(rows, 1), logits) <= checks.FORWARD
-  assert checks.relative(state, end) <= checks.FORWARD
+  model_checks.streams(model, tokens, **flags, implementation="scan")
 
 
 def test_language_model_learns_and_generates():
   """A text that repeats, of which the first period is given."""
   model = lm("mac")
-  graphdef, params = nnx.split(model, nnx.Param)
-  params, optimizer = nnx.to_pure_dict(params), optax.adam(1e-2)
   text = jnp.tile(jax.random.permutation(jax.random.key(1), V)[:6], 3)[None]
-
-  def loss(params):
-    _, logits = nnx.merge(graphdef, params)(
-      None, text[:, :-1], implementation="scan"
-    )
-    return optax.softmax_cross_entropy_with_integer_labels(
-      logits, text[:, 1:]
-    ).mean()
-
-  @jax.jit
-  def train(params):
-    def step(carry, _):
-      params, state = carry
-      value, grads = jax.value_and_grad(loss)(params)
-      with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state)
-      return (optax.apply_updates(params, updates), state), (value, grads)
-
-    carry = params, optimizer.init(params)
-    (params, _), (losses, grads) = jax.lax.scan(step, carry, length=400)
-    return params, losses, grads
-
-  params, losses, grads = train(params)
-  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-  assert losses[-1] < 0.1 * losses[0], losses
+  loss = lambda m, _: next_token_loss(m, text, implementation="scan")
+  model, losses = model_checks.train(model, loss, 400)
+  assert losses[-1] < 0.1 * losses[0], losses[::40]
   tokens = models.generate(
-    nnx.merge(graphdef, params),
-    None,
-    text[:, :6],
-    6,
-    temperature=0,
-    implementation="scan",
+    model, None, text[:, :6], 6, temperature=0, implementation="scan"
   )
   np.testing.assert_array_equal(tokens, text[:, 6:12])
 
 
-def test_config_round_trip():
-  for name in LAYERS:
-    model = jax.eval_shape(lambda name=name: lm(name, dropout=0.1))
-    config = model.config()
-    again = jax.eval_shape(lambda c=config: TitansLM(**c, rngs=nnx.Rngs(0)))
-    assert again.config() == config
-    assert again.encoder.stack.cells == model.encoder.stack.cells
-    assert jax.tree.structure(again) == jax.tree.structure(model)
+@pytest.mark.parametrize("name", LAYERS)
+def test_config_round_trip(name):
+  model_checks.config_round_trip(lambda: lm(name, dropout=0.1))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """Wonderful Matrices (arXiv:2412.11834): layers, experts, bounded attention."""
 
 import functools
-import json
 
 from checks import FORWARD, GRADIENT, relative, wave
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import model_checks
+from model_checks import call, no_dead_gradient, shaken, values
 import numpy as np
-import optax
 import pytest
 
 import memzoo
@@ -31,15 +31,7 @@ TINY = dict(
 @functools.cache
 def tiny(depth=3):
   """Parameters away from their starting values."""
-  model = WonderfulMatrices(depth, V, **TINY, rngs=nnx.Rngs(0))
-  r = np.random.default_rng(3)
-  noise = lambda x: jnp.asarray(x + 0.2 * r.normal(size=x.shape), jnp.float32)
-  return jax.tree.map(noise, model)
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def call(model, state, tokens, **given):
-  return model(state, tokens, **given)
+  return shaken(WonderfulMatrices(depth, V, **TINY, rngs=nnx.Rngs(0)), 0.2)
 
 
 def silu(z):
@@ -119,10 +111,6 @@ def experts(p, x, options):
   return out
 
 
-def values(module):
-  return jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(module)))
-
-
 def oracle(model, tokens):
   """Logits of one row."""
   stack = model.encoder.stack
@@ -190,20 +178,9 @@ RESET = jnp.zeros((3, 11), bool).at[1, 6].set(True).at[2, 2].set(True)
 
 
 def test_streams_token_by_token():
-  model = tiny()
   tokens = jax.random.randint(jax.random.key(2), (3, 11), 0, V)
-  end, logits = call(model, None, tokens, mask=MASK, reset=RESET)
-  assert np.all(np.any(logits, -1) == MASK)
-  state, rows = model.initial_state(3), []
-  for t in range(11):
-    column = lambda x, t=t: x[:, t : t + 1]
-    state, row = call(
-      model, state, column(tokens), mask=column(MASK), reset=column(RESET)
-    )
-    rows.append(row[:, 0])
-  assert relative(jnp.stack(rows, 1), logits) < FORWARD
-  assert relative(state, end) < FORWARD
-  fresh = call(model, None, tokens, mask=MASK.at[1, :6].set(False))[1]
+  _, logits = model_checks.streams(tiny(), tokens, mask=MASK, reset=RESET)
+  fresh = call(tiny(), None, tokens, mask=MASK.at[1, :6].set(False))[1]
   assert relative(logits[1, 6:], fresh[1, 6:]) < FORWARD
 
 
@@ -234,8 +211,7 @@ def test_forms_of_a_mixer(cell):
 
   out = run(params, xs)
   grads, result = out["step"]
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+  no_dead_gradient(grads)
   for form in cell.implementations:
     assert relative(out[form][1], result) < FORWARD, form
     assert relative(out[form][0], grads) < GRADIENT, form
@@ -248,46 +224,8 @@ def test_learns_to_copy_what_is_far():
     2, V, d_model=16, num_heads=2, period=2, keep=12, mlp_width=16,
     experts=TINY["experts"], rngs=nnx.Rngs(0),
   )  # fmt: skip
-  graph, params = nnx.split(model, nnx.Param)
-  params, optimizer = nnx.to_pure_dict(params), optax.adam(1e-2)
-  half = jax.random.randint(jax.random.key(5), (32, 5), 0, V)
-  text = jnp.concatenate([half, half], 1)
-
-  def loss(params):
-    _, logits = nnx.merge(graph, params)(
-      None, text[:, :-1], implementation="chunk"
-    )
-    cost = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
-    return cost[:, 5:].mean()
-
-  @jax.jit
-  def train(params):
-    def step(carry, _):
-      params, state = carry
-      value, grads = jax.value_and_grad(loss)(params)
-      with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state)
-      return (optax.apply_updates(params, updates), state), (value, grads)
-
-    carry = params, optimizer.init(params)
-    return jax.lax.scan(step, carry, length=150)[1]
-
-  losses, grads = train(params)
-  for path, g in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(g).all() and np.abs(g[0]).max() > 0, path
-  assert losses[-1] < 0.2 * losses[0], losses[::15]
-
-  reset = jnp.zeros((1, 10), bool).at[:, 4].set(True)
-
-  @jax.jit
-  @jax.grad
-  def through(weight):
-    stack, embedding = model.encoder.stack, model.encoder.embedding[...]
-    x = embedding[text[:1]] * weight[None, :, None]
-    return wave(stack(stack.initial_state(1), x, reset=reset)[1][:, 4:])
-
-  g = through(jnp.ones(10))
-  assert not np.any(g[:4]) and np.all(g[4:])
+  model_checks.learns_to_repeat(model, V, implementation="chunk")
+  model_checks.no_gradient_through_a_reset(model, V)
 
 
 def test_generates_what_the_whole_call_gives():
@@ -299,16 +237,16 @@ def test_generates_what_the_whole_call_gives():
   np.testing.assert_array_equal(out, jnp.argmax(logits[:, 4:], -1))
 
 
-def test_config_round_trip_and_wrong_options():
-  make = lambda **o: WonderfulMatrices(
-    **{**dict(depth=3, vocab_size=V), **TINY, **o}, rngs=nnx.Rngs(0)
+def make(**options):
+  return WonderfulMatrices(
+    **{**dict(depth=3, vocab_size=V), **TINY, **options}, rngs=nnx.Rngs(0)
   )
-  model = nnx.eval_shape(lambda: make(dropout=0.1, dtype="bfloat16"))
-  config = json.loads(json.dumps(model.config()))
-  again = nnx.eval_shape(lambda: WonderfulMatrices(**config, rngs=nnx.Rngs(0)))
-  assert again.config() == model.config()
-  assert jax.tree.structure(again) == jax.tree.structure(model)
-  for match, options in (
+
+
+def test_config_round_trip_and_wrong_options():
+  model_checks.config_round_trip(lambda: make(dropout=0.1, dtype="bfloat16"))
+  model_checks.refuses(
+    make,
     ("positive multiple of the 3 cell", dict(depth=4)),
     ("num_heads=3 must divide d_model=8", dict(num_heads=3)),
     ("even width per head, got 1", dict(num_heads=8)),
@@ -317,6 +255,4 @@ def test_config_round_trip_and_wrong_options():
     ("have no convolution", dict(conv_size=3)),
     ("key_dim must be even", dict(experts=dict(key_dim=3))),
     ("knn must be an integer, 1 or more", dict(experts=dict(knn=0))),
-  ):
-    with pytest.raises(ValueError, match=match):
-      nnx.eval_shape(lambda o=options: make(**o))
+  )
